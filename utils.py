@@ -1,0 +1,139 @@
+"""What the scripts share: prompts, errors and exit codes, files that appear whole or not at all.
+
+Importing this module costs nothing: neither torch nor openai is imported at the top.
+"""
+
+import contextlib
+import enum
+import errno
+import io
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+# Published weights only work with these two templates, character for character.
+PROMPT_DICT = {
+    "prompt_input": (
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+    ),
+    "prompt_no_input": (
+        "Below is an instruction that describes a task. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n{instruction}\n\n### Response:"
+    ),
+}
+
+
+def format_prompt(example: dict[str, Any]) -> str:
+    """{"instruction": …, "input": … (may be missing, None or "")} → the prompt the model is trained on."""
+    template = "prompt_input" if example.get("input") else "prompt_no_input"
+    return PROMPT_DICT[template].format_map(example)
+
+
+class ExitCode(enum.IntEnum):
+    BUG = 1  # a bug of ours: Python's own traceback and exit code
+    USAGE = 2  # wrong usage or configuration
+    DATA = 3  # bad data
+    API = 4  # the API refuses: key, quota, unknown model
+    BUDGET = 5  # retries or budget used up, progress saved
+    LOCKED = 6  # output directory in use
+    INTEGRITY = 7  # integrity check failed
+    DISK = 8  # disk full or unwritable
+    PREEMPTED = 75  # checkpoint saved
+    INTERRUPTED = 130
+
+
+class ExpectedError(Exception):
+    """A failure that is not a bug. The message says what is wrong, where, and what to do next."""
+
+    def __init__(self, message: str, exit_code: ExitCode):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def run_main(main: Callable[[], Any]) -> None:
+    """Run a script's `main`; an expected failure ends in one `error: …` line on standard error and its exit code.
+
+    Under torchrun only local rank 0 prints, so that one mistake is one line.
+    """
+    try:
+        main()
+        return
+    except ExpectedError as error:
+        message, exit_code = str(error), error.exit_code
+    except KeyboardInterrupt:
+        message, exit_code = "interrupted", ExitCode.INTERRUPTED
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        message = f"{error.strerror}: {error.filename or 'output'}; free some space or choose another directory"
+        exit_code = ExitCode.DISK
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(exit_code)
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[io.IOBase]:
+    """Open a file that replaces `path` only when the block ends without an exception: whole or not at all.
+
+    Written beside `path` (same file system), synced, renamed, and the rename synced.
+    """
+    path = os.path.realpath(path)
+    directory = os.path.dirname(path)
+    os.makedirs(directory, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=directory, prefix=f".{os.path.basename(path)}.", suffix=".tmp")
+    try:
+        with open(handle, mode, encoding=None if "b" in mode else "utf-8") as file:
+            # mkstemp makes files private; a new file gets the usual mode, a replaced one keeps its own.
+            os.fchmod(handle, os.stat(path).st_mode & 0o777 if os.path.exists(path) else 0o666 & ~_umask())
+            yield file
+            file.flush()
+            os.fsync(handle)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    sync_directory(directory)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def sync_directory(directory: str | os.PathLike) -> None:
+    """Make renames and new names in a directory survive a power cut."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def jdump(obj: Any, f: Any, mode: str = "w", indent: int | None = 4, default: Callable = str) -> None:
+    """Write `obj` as JSON (a str as it is) to a path, whole or not at all, or to an open file."""
+    text = obj if isinstance(obj, str) else json.dumps(obj, indent=indent, default=default)
+    if hasattr(f, "write"):
+        f.write(text)
+    elif mode == "w":
+        with atomic_write(f) as file:
+            file.write(text)
+    else:
+        with open(f, mode, encoding="utf-8") as file:
+            file.write(text)
+
+
+def jload(f: Any, mode: str = "r") -> Any:
+    """Read JSON from a path or an open file."""
+    if hasattr(f, "read"):
+        return json.load(f)
+    with open(f, mode, encoding=None if "b" in mode else "utf-8") as file:
+        return json.load(file)
