@@ -52,8 +52,17 @@ class ExpectedError(Exception):
     """A failure that is not a bug. The message says what is wrong, where, and what to do next."""
 
     def __init__(self, message: str, exit_code: ExitCode):
-        super().__init__(message)
+        super().__init__(message, exit_code)  # both, so that the error can be pickled and sent to other ranks
         self.exit_code = exit_code
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+
+def notice(message: str) -> None:
+    """Say on standard error, once for all processes of a job, what the user should know but need not act on."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"notice: {message}", file=sys.stderr, flush=True)
 
 
 def run_main(main: Callable[[], Any]) -> None:
@@ -137,3 +146,57 @@ def jload(f: Any, mode: str = "r") -> Any:
         return json.load(f)
     with open(f, mode, encoding=None if "b" in mode else "utf-8") as file:
         return json.load(file)
+
+
+# The pad token that the 2023 recipe adds to LLaMA (its 32,001st row), and what it gave tokenizers without the others.
+DEFAULT_SPECIAL_TOKENS = {"pad_token": "[PAD]", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
+
+
+def complete_tokenizer(tokenizer: Any, pad_token: str | None = None) -> int:
+    """Give the tokenizer the special tokens that it lacks; returns how many entries its vocabulary gained.
+
+    `pad_token` names an existing token to pad with, which leaves the vocabulary as it is. Raises ExpectedError if
+    the vocabulary has no such token.
+    """
+    if pad_token is not None:
+        if pad_token not in tokenizer.get_vocab():
+            raise ExpectedError(
+                f"--pad_token {pad_token!r} is not in the tokenizer's vocabulary; name an existing token such as "
+                f"{tokenizer.unk_token or tokenizer.eos_token!r}, or leave the flag out to add [PAD]",
+                ExitCode.USAGE,
+            )
+        tokenizer.pad_token = pad_token
+    missing = {name: token for name, token in DEFAULT_SPECIAL_TOKENS.items() if not getattr(tokenizer, name)}
+    return tokenizer.add_special_tokens(missing)
+
+
+def resize_embeddings(model: Any, tokenizer: Any, num_new_tokens: int) -> None:
+    """Make room for the tokenizer's newest tokens; their embedding rows become the mean of the rows before them.
+
+    A matrix that already has rows to spare (OPT pads its own to a round number) keeps its size. Tied input and output
+    embeddings are one matrix, and the second assignment changes nothing.
+    """
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if num_new_tokens == 0:
+        return
+    first = len(tokenizer) - num_new_tokens
+    for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
+        with _gathered(embeddings.weight):  # (V, H)
+            weight = embeddings.weight.data
+            if len(weight):
+                weight[first : len(tokenizer)] = weight[:first].mean(dim=0, keepdim=True)
+
+
+def _gathered(parameter: Any) -> contextlib.AbstractContextManager:
+    """ZeRO-3 shards parameters as it loads them; in this context each is whole, and what rank 0 writes is kept."""
+    if not hasattr(parameter, "ds_id"):
+        return contextlib.nullcontext()
+    from deepspeed.zero import GatheredParameters
+
+    return GatheredParameters(parameter, modifier_rank=0)
+
+
+def smart_tokenizer_and_embedding_resize(special_tokens_dict: dict[str, str], tokenizer: Any, model: Any) -> None:
+    """Add special tokens to the tokenizer and mean-initialised rows for those that are new to the model."""
+    resize_embeddings(model, tokenizer, tokenizer.add_special_tokens(special_tokens_dict))

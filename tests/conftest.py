@@ -1,0 +1,82 @@
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network, and none should wait for a time-out
+os.environ["TOKENIZERS_PARALLELISM"] = "true"
+
+# The README's command, which the Makefile runs too.
+MATERIALIZE = re.search(r'python -c "(import transformers as t; .*?)"\n', (ROOT / "README.md").read_text()).group(1)
+
+
+def run(*arguments, processes=0, env=None, cwd=ROOT, timeout=300, **options):
+    """Run a Python script of this project in processes of its own; returns what subprocess.run returns.
+
+    With `processes`, torchrun starts that many, on a free port.
+    """
+    launcher = [sys.executable]
+    if processes:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.run(
+        [*launcher, *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        **options,
+    )
+
+
+def error_line(result):
+    """The one `error:` line of a failed command, after making sure that there is just one and no traceback."""
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, result.stderr[-3000:]
+    assert "Traceback" not in result.stderr, result.stderr[-3000:]
+    return lines[0]
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory):
+    """The embedded LLaMA, made by the README's command."""
+    directory = tmp_path_factory.mktemp("llama_tiny")
+    result = run("-c", MATERIALIZE.replace("demo/base", str(directory)))
+    assert result.returncode == 0, result.stderr
+    return directory
+
+
+@pytest.fixture(scope="session")
+def opt(tmp_path_factory):
+    """A random OPT of two layers whose tokenizer, as the published ones, is byte-level BPE with a pad token."""
+    import tokenizers
+    import transformers
+
+    directory = tmp_path_factory.mktemp("opt_tiny")
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    texts = ["Below is an instruction that describes a task.", "Write a response that completes the request.", "eggs"]
+    bpe.train_from_iterator(texts * 20, vocab_size=320, special_tokens=["<s>", "<pad>", "</s>", "<unk>"])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, bos_token="</s>", eos_token="</s>", unk_token="</s>", pad_token="<pad>"
+    )
+    tokenizer.save_pretrained(directory)
+    config = transformers.OPTConfig(
+        vocab_size=328,  # more rows than tokens, as the published ones have
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=1024,
+        pad_token_id=1,
+        bos_token_id=2,
+        eos_token_id=2,
+    )
+    transformers.set_seed(0)
+    transformers.OPTForCausalLM(config).save_pretrained(directory)
+    return directory
