@@ -14,6 +14,14 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 	pip install --quiet -r requirements-dev.txt
 	touch $@
 
+# A random LLaMA, fine-tuned by two processes on the CPU; the README says what this shows and what it does not.
+demo: .venv/installed
+	rm -rf demo
+	python -c "import transformers as t; d = 'configs/llama_tiny'; o = 'demo/base'; t.set_seed(0); t.AutoModelForCausalLM.from_config(t.AutoConfig.from_pretrained(d)).save_pretrained(o); t.AutoTokenizer.from_pretrained(d).save_pretrained(o)"
+	torchrun --standalone --nproc_per_node=2 train.py --model_name_or_path demo/base --data_path alpaca_data.json \
+	    --output_dir demo/tuned --num_train_epochs 1 --per_device_train_batch_size 4 --gradient_accumulation_steps 4 \
+	    --learning_rate 1e-3 --warmup_ratio 0.03 --lr_scheduler_type cosine --logging_steps 5 --save_strategy no
+
 test: .venv/installed-dev
 	python -m pytest -m "not soak"
 

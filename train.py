@@ -145,9 +145,9 @@ class TrainingArguments(transformers.TrainingArguments):
             )
         wrap = self.fsdp_transformer_layer_cls_to_wrap
         if not words:
-            if wrap:
-                notice("--fsdp_transformer_layer_cls_to_wrap does nothing without --fsdp")
-            self.fsdp = None
+            if wrap or self.fsdp_config:
+                notice("--fsdp_transformer_layer_cls_to_wrap and --fsdp_config do nothing without --fsdp")
+            self.fsdp = self.fsdp_config = None
             return
         if self.deepspeed:
             raise ExpectedError("--fsdp and --deepspeed are two ways to shard; give one of them", ExitCode.USAGE)
@@ -172,7 +172,7 @@ class TrainingArguments(transformers.TrainingArguments):
                 "torchrun --nproc_per_node=N train.py … starts N"
             )
             if "WORLD_SIZE" not in os.environ:
-                self.fsdp = None
+                self.fsdp = None  # without a process group FSDP can't start; fsdp_config is still checked
 
     def _read_deepspeed(self) -> None:
         if not self.deepspeed:
@@ -332,7 +332,8 @@ def choose_layers_to_wrap(args: TrainingArguments, config: transformers.Pretrain
 
     Raises ExpectedError (exit 2) for a name that no module of the model has.
     """
-    if not args.fsdp or args.fsdp_config.get("auto_wrap_policy", "TRANSFORMER_BASED_WRAP") != "TRANSFORMER_BASED_WRAP":
+    by_layer = "TRANSFORMER_BASED_WRAP"
+    if args.fsdp_config is None or args.fsdp_config.get("auto_wrap_policy", by_layer) != by_layer:
         return
     layers, modules, declared = layer_class_names(config)
     wanted = args.fsdp_config.get("transformer_layer_cls_to_wrap") or [n for n in declared if n in modules]
@@ -349,7 +350,8 @@ def choose_layers_to_wrap(args: TrainingArguments, config: transformers.Pretrain
             notice(f"--fsdp_transformer_layer_cls_to_wrap {name} is written {match} in transformers; {match} is used")
         names.append(match)
     args.fsdp_config["transformer_layer_cls_to_wrap"] = names
-    args.fsdp_plugin_args["transformer_cls_names_to_wrap"] = ",".join(names)
+    if args.fsdp:
+        args.fsdp_plugin_args["transformer_cls_names_to_wrap"] = ",".join(names)
 
 
 class ShardingCheck(TrainerCallback):
@@ -424,7 +426,9 @@ def train() -> None:
     trainer.model.config.use_cache = config.use_cache  # off while training, on for whoever generates
     trainer.save_model()
     if data_module["eval_dataset"] is not None:  # after saving, which must not depend on it
-        trainer.log_metrics("eval", trainer.evaluate())
+        metrics = {**trainer.evaluate(), "eval_samples": len(data_module["eval_dataset"])}
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics, combined=False)
 
 
 if __name__ == "__main__":
