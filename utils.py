@@ -200,3 +200,12 @@ def _gathered(parameter: Any) -> contextlib.AbstractContextManager:
 def smart_tokenizer_and_embedding_resize(special_tokens_dict: dict[str, str], tokenizer: Any, model: Any) -> None:
     """Add special tokens to the tokenizer and mean-initialised rows for those that are new to the model."""
     resize_embeddings(model, tokenizer, tokenizer.add_special_tokens(special_tokens_dict))
+
+
+def from_pretrained(loader: Any, name: str, **options: Any) -> Any:
+    """`loader.from_pretrained`, whose failures on a wrong name or without a network become one line."""
+    try:
+        return loader.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:400]
+        raise ExpectedError(f"--model_name_or_path {name} can't be loaded: {reason}", ExitCode.USAGE)

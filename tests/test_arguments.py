@@ -8,8 +8,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-import train
-from train import check_precision, choose_layers_to_wrap, parse_arguments
+import arguments
+from arguments import check_precision, choose_layers_to_wrap, parse_arguments
 from utils import ExpectedError
 
 NEEDED = ["--data_path", "x.json", "--output_dir", "out"]
@@ -50,7 +50,7 @@ def test_old_spellings_keep_their_meaning_and_are_announced_once(old, new, value
 def test_logging_dir_reaches_tensorboard(monkeypatch, capsys):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "elsewhere")
     parse("--logging_dir", "runs")
-    assert train.os.environ["TENSORBOARD_LOGGING_DIR"] == "runs"
+    assert arguments.os.environ["TENSORBOARD_LOGGING_DIR"] == "runs"
     assert "TENSORBOARD_LOGGING_DIR=runs" in capsys.readouterr().err
 
 
@@ -179,7 +179,7 @@ def test_fsdp_layer_flag_against_fsdp_config(under_torchrun, tmp_path):
     ],
 )
 def test_layer_class_is_derived_corrected_or_refused(family, given, wrapped, under_torchrun, request, capsys):
-    config = train.transformers.AutoConfig.from_pretrained(request.getfixturevalue(family))
+    config = arguments.transformers.AutoConfig.from_pretrained(request.getfixturevalue(family))
     args = parse("--fsdp", "full_shard", *(["--fsdp_transformer_layer_cls_to_wrap", given] if given else []))
     if wrapped is None:
         with pytest.raises(ExpectedError, match="its layers are OPTDecoderLayer") as error:
