@@ -143,12 +143,14 @@ def test_seeds_are_unlike_each_other_and_the_known_sets():
 
 # --- alpaca_data.json -----------------------------------------------------------------------------------------------
 
-# First words of an instruction that are neither a verb nor part of a question: they set a scene first.
-SCENE_OPENERS = set(
-    "a about after an another as at before below both during for from given here i i'd i'm i've if in it my of on once "
-    "our over the there these this to under we when with without you your".split()
+# First words of an instruction that are neither a verb nor part of a question: they set a scene or name a thing first.
+OTHER_OPENERS = set(
+    "a about after an another as at before below both during extractive for four from given headline here hugo i "
+    "i'd i'm i've if in it items just lately my nine non-technical of on once our over p revenue role roughly "
+    "someone survey the there these this three tldr to tone two under we when with without yes yesterday you "
+    "your".split()
 )
-QUESTION_WORDS = set("what what's which who who's whose whom where where's why how".split())
+QUESTION_WORDS = set("what what's when which who who's whose whom where where's why how".split())
 AUXILIARIES = set(
     "am are aren't can can't could did didn't do does doesn't don't has have is isn't may might must should shouldn't "
     "was were will won't would".split()
@@ -158,14 +160,13 @@ AUXILIARIES = set(
 def leading_form(instruction: str) -> str | None:
     """The verb or question form that an instruction opens with, or None where it opens with neither.
 
-    "Name two rivers." → "name";  "How many legs has a spider?" → "how many";  "Is it late?" → "is";  "My dog …" → None
+    "Name two rivers." → "name";  "How many legs has a spider?" → "how many";  "Which is larger?" → "which is";
+    "Which planet is larger?" → "which";  "Is it late?" → "is";  "My dog barks. Why?" → None
     """
     first, second = ([re.sub(r"[^a-z'-]", "", word) for word in instruction.lower().split()] + [""])[:2]
-    if first in QUESTION_WORDS:
+    if first in QUESTION_WORDS and (second in AUXILIARIES or first == "how"):
         return f"{first} {second}"
-    if first == "when" and second in AUXILIARIES:
-        return f"{first} {second}"
-    return None if first in SCENE_OPENERS else first
+    return None if first in OTHER_OPENERS else first
 
 
 def domain_table() -> list[dict[str, str]]:
