@@ -4,6 +4,7 @@ Importing this module costs nothing: neither torch nor openai is imported at the
 """
 
 import contextlib
+import dataclasses
 import enum
 import errno
 import io
@@ -11,7 +12,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 # Published weights only work with these two templates, character for character.
@@ -78,7 +79,7 @@ def run_main(main: Callable[[], Any]) -> None:
     except KeyboardInterrupt:
         message, exit_code = "interrupted", ExitCode.INTERRUPTED
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
             raise
         message = f"{error.strerror}: {error.filename or 'output'}; free some space or choose another directory"
         exit_code = ExitCode.DISK
@@ -209,3 +210,85 @@ def from_pretrained(loader: Any, name: str, **options: Any) -> Any:
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:400]
         raise ExpectedError(f"--model_name_or_path {name} can't be loaded: {reason}", ExitCode.USAGE)
+
+
+@dataclasses.dataclass
+class OpenAIDecodingArguments:
+    """How the teacher decodes; names and defaults of 2023. `stream` has no effect: answers are collected whole."""
+
+    max_tokens: int = 1800
+    temperature: float = 0.2
+    top_p: float = 1.0
+    n: int = 1
+    stream: bool = False
+    stop: Sequence[str] | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    suffix: str | None = None  # legacy completions only, like echo
+    logprobs: int | None = None
+    echo: bool = False
+
+
+class Completion(dict):
+    """A choice: `text`, `finish_reason`, `total_tokens`, `index` and `logprobs`, readable as attributes and as keys."""
+
+    __getattr__ = dict.__getitem__
+
+
+def openai_completion(
+    prompts: str | Sequence[str] | Sequence[dict[str, str]] | dict[str, str],
+    decoding_args: OpenAIDecodingArguments,
+    model_name: str | None = None,
+    sleep_time: float = 2,
+    batch_size: int = 1,
+    max_instances: int = sys.maxsize,
+    max_batches: int = sys.maxsize,
+    return_text: bool = False,
+    api: str = "chat",
+    base_url: str | None = None,
+    max_attempts: int = 10,
+    **decoding_kwargs: Any,
+) -> Any:
+    """Ask an OpenAI-compatible server to answer prompts, as the function of this name did in 2023.
+
+    Args:
+        prompts: one prompt or a list; a prompt is a text, or with api="chat" a message {"role", "content"}.
+        decoding_args: see OpenAIDecodingArguments.
+        model_name: None for a current default.
+        sleep_time: seconds before the first retry; doubles with each further one, up to 60.
+        batch_size: prompts asked at the same time (each in a request of its own: many servers take no lists).
+        max_instances, max_batches: only the first max_instances, or max_batches * batch_size, prompts are answered.
+        return_text: texts in place of Completions.
+        api: "chat" or "completions" (legacy, for base models).
+        base_url: the server; None for OPENAI_BASE_URL, or OpenAI.
+        max_attempts: attempts at one request.
+        decoding_kwargs: more body fields, such as logit_bias; left out where the server says it does not take them.
+
+    Returns:
+        A list with one Completion for each prompt, or for n > 1 a list of n Completions for each; for a single prompt
+        its item alone.
+
+    Raises ExpectedError where asking again cannot help, or after max_attempts.
+    """
+    # Imported here: completions builds on this module, and whoever only reads JSON needs no API client.
+    from completions import complete_prompts
+
+    single = isinstance(prompts, (str, dict))
+    prompts = [prompts] if single else list(prompts)
+    prompts = prompts[: min(max_instances, max_batches * batch_size)]
+    answers = complete_prompts(
+        prompts,
+        batch_size,
+        decoding_args.n,
+        model_name=model_name,
+        decoding=decoding_args,
+        api=api,
+        base_url=base_url,
+        max_attempts=max_attempts,
+        sleep_time=sleep_time,
+        **decoding_kwargs,
+    )
+    results = [[choice["text"] if return_text else Completion(choice) for choice in choices] for choices in answers]
+    if decoding_args.n == 1:
+        results = [choices[0] for choices in results]
+    return results[0] if single else results
