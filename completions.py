@@ -24,16 +24,17 @@ from utils import ExitCode, ExpectedError, OpenAIDecodingArguments
 
 DEFAULT_MODEL = "gpt-5.4-mini"  # what replaced the retired completion models in the price range; change it here only
 SMALLEST_MAX_TOKENS = 64  # below this a request that does not fit the context is given up
+MOST_AMENDMENTS = 30  # of one request's fields, before it is refused for good
 LARGEST_ANSWER = 64 * 2**20  # bytes; a body that does not end is cut here
 KEPT_OF_A_FAULT = 20_000  # characters of a broken answer kept for inspection
 
 
 class BadAnswer(Exception):
-    """A body with status 200 that holds no usable answer: `kind` for the count, `raw` for inspection."""
+    """A body with status 200 that holds no usable answer: `kind` for the count, `raw` for inspection, what it cost."""
 
-    def __init__(self, kind: str, raw: str):
+    def __init__(self, kind: str, raw: str, usage: dict[str, int] | None = None):
         super().__init__(kind)
-        self.kind, self.raw = kind, raw
+        self.kind, self.raw, self.usage = kind, raw, usage
 
 
 class Filtered(Exception):
@@ -134,7 +135,7 @@ class Teacher:
         self.model_name, self.api = model_name or DEFAULT_MODEL, api
         self.max_attempts, self.sleep_time, self.timeout = max_attempts, sleep_time, timeout
         self._parameters = self._decoding_parameters(decoding or OpenAIDecodingArguments(), decoding_kwargs)
-        self._renamed = False
+        self._given_up: set[str] = set()  # fields that the server does not take
         self.notices: list[str] = []  # what the server did not take, once each, for the caller to print
         self.stopping = asyncio.Event()
 
@@ -175,11 +176,12 @@ class Teacher:
         self,
         prompt: str | dict[str, str],
         before: Callable[[], None] = lambda: None,
-        on_fault: Callable[[str, str], None] = lambda kind, raw: None,
+        on_fault: Callable[..., None] = lambda kind, raw="", usage=None: None,
     ) -> dict[str, Any]:
         """→ {"choices": [{"text", "finish_reason", "index", "logprobs"}, …], "usage": …, "model": …}.
 
-        `before` is called ahead of each HTTP request (and may raise), `on_fault(kind, raw)` after each failed one.
+        `before` is called ahead of each HTTP request (and may raise), `on_fault(kind, raw, usage)` after each failed
+        one: raw may be "", and usage None.
         """
         max_tokens = None  # shortened for this request only: what others ask must not depend on it
 
@@ -218,11 +220,11 @@ class Teacher:
     async def attempts(
         self,
         attempt: Callable[[], Awaitable],
-        on_fault: Callable[[str, str], None] = lambda kind, raw: None,
+        on_fault: Callable[..., None] = lambda kind, raw="", usage=None: None,
         amend: Callable[[dict[str, Any]], bool] = lambda error: False,
     ) -> Any:
         """Await `attempt()` until it gives a result: exponential backoff with jitter, Retry-After obeyed, bounded."""
-        failed = 0
+        failed = amended = 0
         while True:
             server_wait = None
             try:
@@ -233,17 +235,18 @@ class Teacher:
                     raise Filtered
                 kind = "context too long" if error["verdict"] == "shorten" else f"HTTP {failure.status_code}"
                 on_fault(kind, error["message"])
-                if error["verdict"] in ("shorten", "request") and amend(error):
+                if error["verdict"] in ("shorten", "request") and amended < MOST_AMENDMENTS and amend(error):
+                    amended += 1
                     continue
                 if error["verdict"] != "retry":
                     raise await self.refusal(error)
                 server_wait = retry_after_seconds(failure.response.headers)
             except BadAnswer as failure:
-                kind, raw = failure.kind, failure.raw
-                on_fault(kind, self.redact(raw))
+                kind = failure.kind
+                on_fault(kind, self.redact(failure.raw), failure.usage)
             except (asyncio.TimeoutError, self._openai.APITimeoutError):
                 kind = "timeout"
-                on_fault(kind, "")
+                on_fault(kind)
             except self._openai.APIConnectionError as failure:
                 kind = "no connection"
                 on_fault(kind, self.redact(str(failure.__cause__ or failure)))
@@ -290,29 +293,28 @@ class Teacher:
             answer = json.loads(self.redact(text))
         except (ValueError, RecursionError):
             raise BadAnswer("HTML page" if text.lstrip()[:1] == "<" else "broken JSON", text)
-        choices = answer.get("choices") if isinstance(answer, dict) else None
+        answer = answer if isinstance(answer, dict) else {}
+        counts = answer.get("usage") if isinstance(answer.get("usage"), dict) else {}
+        usage = {name: counts.get(name) for name in ("prompt_tokens", "completion_tokens")}
+        known = all(isinstance(count, int) and count >= 0 for count in usage.values())
+        choices = answer.get("choices")
         if not isinstance(choices, list) or not choices:
-            raise BadAnswer("no choices", text)
+            raise BadAnswer("no choices", text, usage if known else None)
         found = []
         for index, choice in enumerate(choices):
             try:
                 content = choice["message"]["content"] if self.api == "chat" else choice["text"]
             except (TypeError, KeyError):
-                raise BadAnswer("no choices", text)
+                raise BadAnswer("no choices", text, usage if known else None)
             if not isinstance(content, str):
-                raise BadAnswer("null content", text)
+                raise BadAnswer("null content", text, usage if known else None)
             finish = {name: choice.get(name) for name in ("finish_reason", "logprobs")}
             found.append({"text": content, "index": index, **finish})
-        usage = answer.get("usage") if isinstance(answer.get("usage"), dict) else {}
-        # Four characters a token where the server does not count.
-        estimates = {
-            "prompt_tokens": len(str(body.get("prompt") or body.get("messages"))) // 4,
-            "completion_tokens": sum(len(choice["text"]) for choice in found) // 4,
-        }
-        counts = {name: usage.get(name) for name in estimates}
-        known = all(isinstance(count, int) and count >= 0 for count in counts.values())
+        if not known:  # four characters a token where the server does not count
+            lengths = len(str(body.get("prompt") or body.get("messages"))), sum(len(choice["text"]) for choice in found)
+            usage = {name: length // 4 for name, length in zip(usage, lengths, strict=True)}
         model = answer.get("model") if isinstance(answer.get("model"), str) else self.model_name
-        return {"choices": found, "usage": counts if known else estimates, "model": model}
+        return {"choices": found, "usage": usage, "model": model}
 
     def read_error(self, status: int, text: str) -> dict[str, Any]:
         """The error forms of many servers → {"status", "verdict", "message", "param"}, without the key."""
@@ -336,15 +338,16 @@ class Teacher:
             r"(?i)unsupported|not supported|unrecogni[sz]ed|unexpected|unknown|permitted", error["message"]
         ):
             return False
-        named = {error["param"]} & self._parameters.keys() or set(re.findall(r"\w+", error["message"]))
-        named &= self._parameters.keys()
-        for name in named:
+        ours = self._parameters.keys() | self._given_up
+        named = {error["param"]} & ours or set(re.findall(r"\w+", error["message"])) & ours
+        for name in named - self._given_up:
             value = self._parameters.pop(name)
+            self._given_up.add(name)
             other = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}.get(name)
-            if other and not self._renamed:
-                self._parameters[other], self._renamed = value, True
+            if other and other not in self._given_up:
+                self._parameters[other] = value
             self.notices.append(f"{self.host} does not take {name}: {f'sent as {other}' if other else 'left out'}")
-        return bool(named)
+        return bool(named)  # also where another request in flight has learnt it before
 
     async def refusal(self, error: dict[str, Any]) -> ExpectedError:
         """→ the error that ends the run, with the remedy."""

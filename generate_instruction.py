@@ -13,6 +13,7 @@ import collections
 import contextlib
 import difflib
 import fcntl
+import functools
 import hashlib
 import inspect
 import itertools
@@ -44,6 +45,9 @@ from self_instruct import (
     write_regen,
 )
 from utils import ExitCode, ExpectedError, OpenAIDecodingArguments, jdump, jload, run_main
+
+# What people import from here; it lives in self_instruct.
+__all__ = ["encode_prompt", "find_word_in_string", "generate_instruction_following_data", "post_process_gpt3_response"]
 
 TASKS_PER_PROMPT = 20  # prompt.txt asks for a set of this many, the seed tasks included
 TYPICAL_KEPT = 12  # of an answer, until answers tell; for projections and for how many requests to start
@@ -186,13 +190,15 @@ class Run:
             "batch": batch,
         }
         self.log.append(record)
-        self.meter.answered(answer["usage"], batch)
+        self.meter.used(answer["usage"], batch)
         self.answered.add(number)
         self.new_answers += 1
         self.collection.waiting[number] = record
 
-    def keep_fault(self, number: int, kind: str, raw: str = "") -> None:
-        self.log.append({"fault": kind, "request": number, "raw": raw[:20_000]})
+    def keep_fault(self, number: int, kind: str, raw: str = "", usage: dict | None = None, batch: bool = False) -> None:
+        usage = usage or {"prompt_tokens": 0, "completion_tokens": 0}
+        self.log.append({"request": number, "fault": kind, "raw": raw[:20_000], "usage": usage, "batch": batch})
+        self.meter.used(usage, batch)
         if not self.meter.faults[kind]:
             _say(f"request {number}: {kind}{': ' if raw else ''}{' '.join(raw.split())[:200]} (said once)")
         self.meter.faults[kind] += 1
@@ -275,7 +281,8 @@ class Run:
                 while not stop.done() and not self.teacher.stopping.is_set() and len(tasks) < limit:
                     if self.meter.exhausted() or self.requests_wanted(len(tasks)) <= 0:
                         break
-                    self.meter.send()
+                    self.meter.count_request()
+                    self.meter.in_flight += 1
                     tasks.add(asyncio.create_task(self.ask(next(numbers))))
                 if not tasks:
                     break
@@ -303,21 +310,19 @@ class Run:
 
     async def ask(self, number: int) -> None:
         """One request, with its retries, into the log. The caller has counted the first attempt."""
-        counted = True
+        first = True
 
         def before() -> None:
-            nonlocal counted
-            if not counted:
-                self.meter.send()
-            counted = False
+            nonlocal first
+            if not first:
+                self.meter.count_request()
+            first = False
 
-        def on_fault(kind: str, raw: str) -> None:
+        try:
+            on_fault = functools.partial(self.keep_fault, number)
+            self.keep_answer(number, await self.teacher.ask(self.prompts(number)[1], before, on_fault))
+        finally:
             self.meter.in_flight -= 1
-            self.keep_fault(number, kind, raw)
-
-        answer = await self.teacher.ask(self.prompts(number)[1], before, on_fault)
-        self.meter.in_flight -= 1
-        self.keep_answer(number, answer)
 
     def begin_batch(self, most: int) -> None:
         """Remember which requests the next batch is to hold, as many as needed and as the limits allow."""
@@ -349,7 +354,7 @@ class Run:
                 continue
             self.meter.requests += 1
             if isinstance(result, str):
-                self.keep_fault(number, result)
+                self.keep_fault(number, result, batch=True)
                 self.failed[number] += 1
             else:
                 self.keep_answer(number, result, batch=True)

@@ -49,24 +49,23 @@ class Meter:
             return "max_cost"
         return None
 
-    def send(self) -> None:
-        """Count a request before it is sent. Raises ExpectedError (BUDGET) where a limit forbids it."""
-        if flag := self.exhausted():
-            raise budget_error(flag)
+    def count_request(self) -> None:
+        """Count an attempt before it is sent. Raises ExpectedError (BUDGET) where max_requests forbids it."""
+        if self.max_requests is not None and self.requests >= self.max_requests:
+            raise budget_error("max_requests")
         self.requests += 1
-        self.in_flight += 1
 
-    def answered(self, usage: dict[str, int], batch: bool = False) -> None:
+    def used(self, usage: dict[str, int], batch: bool = False) -> None:
         self.tokens += sum(usage.values())
         self.cost += self.price(usage, batch)
 
     def read(self, record: dict[str, Any]) -> None:
         """Count a record of the log: limits are for the whole output directory, over all its processes."""
-        if "answer" in record:
-            self.requests += 1
-            self.answered(record["usage"], record["batch"])
-        elif "fault" in record:
-            self.requests += 1
+        if "request" not in record:
+            return
+        self.requests += 1
+        self.used(record["usage"], record["batch"])
+        if "fault" in record:
             self.faults[record["fault"]] += 1
 
 

@@ -1,4 +1,4 @@
-"""Self-instruct's pure part: seed tasks → prompts, answers → tasks, tasks → those that are new (Wang et al. 2022, §2.2).
+"""Self-instruct's pure part: seed tasks → prompts, answers → tasks, of which the new are kept (Wang et al. 2022, §2.2).
 
 Alpaca's changes to the method are kept: one answer holds a whole set of tasks, without telling classification apart.
 """
@@ -111,6 +111,11 @@ _HEADER = re.compile(
 _INLINE = re.compile(r"\b(?P<number>\d{1,4})[.)][ \t]*(?P<part>Input|Output)[ \t]*:", re.IGNORECASE)
 _SEPARATOR = re.compile(r"[ \t]*(?:#{2,}|-{3,}|={3,}|\*{3,}|_{3,})[ \t]*")
 _FENCE = re.compile(r"[ \t]*```[\w+-]*[ \t]*")
+# A separator and at most the beginning of a header behind it: the task before is whole.
+_BEGUN = re.compile(
+    rf"\n{_SEPARATOR.pattern}\n?[#>*_ \t]*(?:\d{{1,4}}(?:[.)][ \t]*[*_]*I?n?s?t?r?u?c?t?i?o?n?[*_]*)?)?\Z",
+    re.IGNORECASE,
+)
 _NO_INPUT = re.compile(r"<\s*no\s*-?\s*input\s*>\.?|noinput", re.IGNORECASE)
 
 
@@ -228,7 +233,10 @@ def parse_response(
     for index, (number, body) in enumerate(found):
         if response["finish_reason"] == "length" and index == len(found) - 1:
             rejected["cut off"] += 1  # decoding stopped for length inside the last task
-            continue
+            begun = _BEGUN.search(body, max(0, len(body) - 80))
+            if not begun:
+                continue
+            body = body[: begun.start()]
         parts = _parts(number, body)
         if parts is None:
             rejected["malformed"] += 1
