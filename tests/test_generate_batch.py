@@ -5,9 +5,9 @@ import signal
 import time
 
 import pytest
-from teacher_server import TeacherServer, error
-from test_generate_run import KEY, answers, fails, finish, generate, records, start, wait_for
 
+from tests.teacher_server import TeacherServer, error
+from tests.test_generate_run import KEY, answers, fails, finish, generate, records, start, wait_for
 from utils import ExitCode
 
 

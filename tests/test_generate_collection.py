@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 from rouge_score import rouge_scorer
-from teacher_server import answer_text
 
 from self_instruct import BLACKLIST, Collection, largest, parse_response, read_seed_tasks
 from similarity import TokenEncoder, rouge_l
+from tests.teacher_server import answer_text
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = {"num_instructions_to_generate": 10**9, "max_similarity": 0.7, "min_words": 4, "max_words": 150}

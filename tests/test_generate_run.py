@@ -15,11 +15,11 @@ import time
 from pathlib import Path
 
 import pytest
-from teacher_server import TeacherServer, answer_text, error, tasks_for
 
 from completions import judge, retry_after_seconds
 from generate_instruction import export, generate_instruction_following_data, replay
 from self_instruct import read_seed_tasks
+from tests.teacher_server import TeacherServer, answer_text, error, tasks_for
 from utils import ExitCode, ExpectedError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -4,8 +4,8 @@ import asyncio
 import inspect
 
 import pytest
-from teacher_server import TeacherServer, error
 
+from tests.teacher_server import TeacherServer, error
 from utils import ExitCode, ExpectedError, OpenAIDecodingArguments, openai_completion
 
 GREEDY = OpenAIDecodingArguments(max_tokens=50)
