@@ -3,7 +3,6 @@
 A data set is a JSON list (or JSON lines) of {"instruction": str, "input": str (may be missing or null), "output": str}.
 """
 
-import itertools
 import json
 import os
 import re
@@ -155,19 +154,30 @@ def tokenize(sources: Sequence[str], targets: Sequence[str], tokenizer: Any) -> 
     ids, lengths, prompt_lengths = [], [], []
     with tqdm(total=len(sources), desc="tokenize", unit=" examples", disable=None, leave=False) as progress:
         for first in range(0, len(sources), _TOKENIZER_BATCH):
-            source = sources[first : first + _TOKENIZER_BATCH]
+            source = list(sources[first : first + _TOKENIZER_BATCH])
             target = targets[first : first + _TOKENIZER_BATCH]
-            options = {"truncation": True, "max_length": tokenizer.model_max_length, "return_attention_mask": False}
-            whole = tokenizer([s + t for s, t in zip(source, target, strict=True)], **options)["input_ids"]
-            alone = tokenizer(list(source), **options)["input_ids"]
+            whole = _encode([s + t for s, t in zip(source, target, strict=True)], tokenizer)
             lengths.extend(map(len, whole))
-            prompt_lengths.extend(map(len, alone))
-            ids.append(np.fromiter(itertools.chain.from_iterable(whole), dtype=np.int32))
+            prompt_lengths.extend(map(len, _encode(source, tokenizer)))
+            ids.extend(np.array(tokens, dtype=np.int32) for tokens in whole)
             progress.update(len(source))
     lengths = np.array(lengths, dtype=np.int32)
     starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)[:-1]]) if len(lengths) else np.zeros(0, np.int64)
     flat = np.concatenate(ids) if ids else np.zeros(0, np.int32)
     return TokenizedTexts(flat, starts, lengths, np.minimum(np.array(prompt_lengths, dtype=np.int32), lengths))
+
+
+def _encode(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    """Token ids as `tokenizer(texts, truncation=True)` gives them, without the offsets that no one asks for."""
+    max_length = min(tokenizer.model_max_length, 2**31)
+    if not tokenizer.is_fast:
+        return tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.enable_truncation(max_length, direction=tokenizer.truncation_side)
+    encodings = backend.encode_batch_fast(texts)
+    backend.no_truncation()  # or it would be saved with the tokenizer
+    return [encoding.ids for encoding in encodings]
 
 
 def preprocess(sources: Sequence[str], targets: Sequence[str], tokenizer: Any) -> dict[str, list[torch.Tensor]]:
