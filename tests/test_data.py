@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from generate_instruction import encode_prompt, post_process_gpt3_response
 from similarity import TokenEncoder, rouge_l
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -131,6 +132,17 @@ def test_seeds_keep_to_the_rules_of_the_prompt():
         assert instruction[0].isascii() and instruction[0].isalpha() and "\n" not in instruction
         assert not instruction.startswith("Write a program")
         assert words(given) <= 100 and words(output) <= 100
+
+
+def test_seeds_survive_the_generators_own_parser_and_filters():
+    """Shown as a teacher's answer that continues a prompt, every seed comes back as it was."""
+    tasks = [{"instruction": seed["instruction"], **seed["instances"][0]} for seed in SEEDS]
+    for first in range(0, len(tasks), 25):
+        shown, answered = tasks[first : first + 3], tasks[first + 3 : first + 25] + tasks[first : first + 3]
+        prompt, whole = encode_prompt(shown), encode_prompt(shown + answered)
+        assert prompt.startswith(PROMPT.strip()) and whole.startswith(prompt)
+        answer = whole[len(prompt) :].rpartition("\n###\n")[0]
+        assert post_process_gpt3_response(len(shown), {"text": answer, "finish_reason": "stop"}) == answered
 
 
 def test_seeds_are_unlike_each_other_and_the_known_sets():
