@@ -10,7 +10,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_checkpoints import (
+
+import weight_arithmetic
+import weight_diff
+from checkpoint_files import Checkpoint
+from tests.tiny_checkpoints import (
     ROOT,
     SCRIPT,
     assert_same_bits,
@@ -24,10 +28,6 @@ from tiny_checkpoints import (
     tree,
     tuned_from,
 )
-
-import weight_arithmetic
-import weight_diff
-from checkpoint_files import Checkpoint
 from utils import ExitCode, ExpectedError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

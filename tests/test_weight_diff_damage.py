@@ -16,7 +16,10 @@ import time
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_checkpoints import (
+
+import checkpoint_files
+import weight_diff
+from tests.tiny_checkpoints import (
     SCRIPT,
     assert_same_bits,
     load,
@@ -27,9 +30,6 @@ from tiny_checkpoints import (
     tree,
     tuned_from,
 )
-
-import checkpoint_files
-import weight_diff
 from utils import ExitCode, ExpectedError
 
 REFUSED = (ExitCode.DATA, ExitCode.INTEGRITY)
