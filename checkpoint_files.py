@@ -206,8 +206,15 @@ class Checkpoint:
         self.headers: dict[str, bytes] = {}  # of safetensors files, by file name
         self._handles: dict[Path, int] = {}
         self._loaded: dict[str, Any] = {}  # tensors of .bin files: flat torch tensors over mapped files
+        try:
+            self._open_files()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open_files(self) -> None:
         for file, names in self._weight_files().items():
-            path = file_inside(directory, file)
+            path = file_inside(self.directory, file)
             if file.endswith(".safetensors"):
                 found, self.headers[file] = read_header(path)
                 self._handles[path] = os.open(path, os.O_RDONLY)
@@ -217,10 +224,10 @@ class Checkpoint:
                 raise bad_data(f"tensor {name}: both in {path} and in {self.tensors[name].file}; get a clean copy")
             if names is not None and names != found.keys():
                 wrong = "; ".join(sorted(names ^ found.keys()))
-                raise bad_data(f"{path}: the index and the shard disagree about {wrong}; get a complete copy")
+                raise bad_data(f"{path}: the index and the shard disagree about {wrong!r}; get a complete copy")
             self.tensors.update(found)
         if not self.tensors:
-            raise bad_data(f"{directory}: no tensors")
+            raise bad_data(f"{self.directory}: no tensors; get a complete copy")
 
     def _weight_files(self) -> dict[str, set[str] | None]:
         """File name → names of its tensors by the index (None: a single file)."""
@@ -242,11 +249,9 @@ class Checkpoint:
                         raise bad_data(f"{self.directory / index}: {path.name} for tensor {name} is no .{kind} file")
                     files.setdefault(file, set()).add(name)
                 return files
-        hint = (
-            "merge the adapter into its base first"
-            if (self.directory / "adapter_config.json").exists()
-            else ("point to the directory that has model.safetensors or pytorch_model.bin (or their index)")
-        )
+        hint = "give the directory that has model.safetensors or pytorch_model.bin, or their index"
+        if (self.directory / "adapter_config.json").exists():
+            hint = "merge the adapter into its base first"
         raise bad_data(f"{self.directory}: no weights here; {hint}")
 
     def _load_bin(self, path: Path) -> dict[str, Tensor]:
@@ -277,6 +282,8 @@ class Checkpoint:
             if tensor.dtype not in dtypes:
                 raise bad_data(f"tensor {name} in {path}: unknown type {tensor.dtype}")
             found[name] = Tensor(dtypes[tensor.dtype], tuple(tensor.shape), path, 0)
+            if found[name].bytes > path.stat().st_size:  # a view with stride 0 can claim any shape
+                raise bad_data(f"tensor {name} in {path}: larger than the file; fetch it again")
             self._loaded[name] = tensor.detach().contiguous().view(-1).view(torch.uint8)
         return found
 
@@ -386,10 +393,13 @@ class ShardWriter:
         order = sorted(tensors, key=lambda name: (-DTYPE_BYTES[tensors[name][0]], natural_order(name)))
         sizes = {name: DTYPE_BYTES[dtype] * math.prod(shape) for name, (dtype, shape) in tensors.items()}
         shards: list[list[str]] = [[]]
+        filled = 0
         for name in order:
-            if shards[-1] and sum(sizes[n] for n in shards[-1]) + sizes[name] > max_shard_bytes:
+            if shards[-1] and filled + sizes[name] > max_shard_bytes:
                 shards.append([])
+                filled = 0
             shards[-1].append(name)
+            filled += sizes[name]
         self.headers: dict[str, bytes] = {}
         self.file_sizes: dict[str, int] = {}
         self._places: dict[str, tuple[str, int]] = {}
@@ -446,7 +456,7 @@ class ShardWriter:
 
 def check_output(path: Any, flag: str, inputs: dict[str, Path], overwrite: bool) -> Path:
     """The real path of a directory that may be written: not an input, and empty unless `overwrite`."""
-    output = Path(path).resolve()
+    output = Path(str(path)).resolve()
     for name, directory in inputs.items():
         if output == directory or (output.exists() and output.samefile(directory)) or output in directory.parents:
             raise ExpectedError(f"--{flag} {path}: is or holds --{name}; choose another directory", ExitCode.USAGE)
@@ -467,6 +477,12 @@ def check_output(path: Any, flag: str, inputs: dict[str, Path], overwrite: bool)
                 ExitCode.USAGE,
             )
     return output
+
+
+def restore(replaced: Path, output: Path) -> None:
+    """Undo the first half of a replacement."""
+    if replaced.exists() and not output.exists():
+        replaced.rename(output)
 
 
 @contextlib.contextmanager
@@ -495,8 +511,7 @@ def new_directory(output: Path, needed: int) -> Iterator[Path]:
                 raise BlockingIOError  # another run finished between open and lock
         except (BlockingIOError, FileNotFoundError):
             raise ExpectedError(f"{output}: another run is writing it; wait for that run", ExitCode.LOCKED)
-        if replaced.exists() and not output.exists():
-            replaced.rename(output)  # killed between the two renames below
+        restore(replaced, output)  # killed between the two renames below
         shutil.rmtree(replaced, ignore_errors=True)
         for entry in staging.iterdir():
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
@@ -513,6 +528,7 @@ def new_directory(output: Path, needed: int) -> Iterator[Path]:
             utils.sync_directory(output.parent)
             shutil.rmtree(replaced, ignore_errors=True)
         except BaseException:
+            restore(replaced, output)
             shutil.rmtree(staging, ignore_errors=True)
             raise
     except OSError as error:

@@ -159,7 +159,9 @@ def plan_from_manifest(raw: Checkpoint, diff: Checkpoint, manifest: dict[str, An
     plans, sums, problems = {}, [], []
     for name, entry in manifest["tensors"].items():
         base, dtype = entry["raw"], entry["tuned"]["dtype"]
-        plan = plans[name] = Plan(dtype, tuple(entry["shape"]), raw, mean_rows=entry["mean_rows"])
+        plan = plans[name] = Plan(
+            dtype, tuple(entry["shape"]), raw, mean_rows=bool(base) and entry["mean_rows"] is True
+        )
         is_float = manifest["encoding"] == "float32" and dtype in FLOATS
         if entry["dtype"] != ("F32" if is_float else f"I{8 * DTYPE_BYTES[dtype]}"):
             raise ValueError(f"type of {name}")
@@ -174,7 +176,8 @@ def plan_from_manifest(raw: Checkpoint, diff: Checkpoint, manifest: dict[str, An
             found = f"{there.dtype} {list(there.shape)} in {there.file}" if there else "missing"
             problems.append(f"{base['name']}: {base['dtype']} {base['shape']} expected, {found}")
             continue
-        if there.shape[1:] != plan.shape[1:] or there.elements > plan.elements:
+        fits = there.shape[1:] == plan.shape[1:] and there.elements <= plan.elements
+        if not fits or (plan.mean_rows and there.elements == 0):
             raise ValueError(f"shape of {name}")
         sums.append((raw, plan.raw_name, base["sha256"], "wrong or damaged base"))
     if problems:
@@ -360,7 +363,8 @@ def recover(
         overwrite: replace a directory that is not empty.
         verify: False skips the sha256 sums of steps 2 and 4.
     """
-    check_flags(test_inference=test_inference, overwrite=overwrite, verify=verify, naive=check_integrity_naively)
+    check_flags(test_inference=test_inference, check_integrity_naively=check_integrity_naively)
+    check_flags(overwrite=overwrite, verify=verify)
     if path_tuned is None:
         raise ExpectedError("--path_tuned is needed: the directory for the recovered model", ExitCode.USAGE)
     if dtype is not None and dtype not in DTYPES:

@@ -359,6 +359,16 @@ def test_bin_files_run_no_code(place):
     assert not (place / "executed").exists()
 
 
+def test_bin_with_a_view_of_claimed_size(place):
+    """Stride 0 makes a petabyte of four bytes; unfolding it would end the machine."""
+    state = dict(load(place / "raw_bin"))
+    state["model.norm.weight"] = torch.zeros(1, dtype=torch.bfloat16).expand(2**49)
+    for file in (place / "raw_bin").glob("*.bin*"):
+        file.unlink()
+    torch.save(state, place / "raw_bin" / "pytorch_model.bin")
+    assert_refused(place, raw="raw_bin", codes=[ExitCode.DATA], names=["model.norm.weight", "larger than the file"])
+
+
 def test_bin_with_views_and_transposed_tensors(place):
     state = {name: tensor.clone() for name, tensor in load(place / "raw_bin").items()}
     big = torch.zeros(100, 64, dtype=torch.bfloat16)
@@ -422,6 +432,10 @@ HOSTILE_MANIFESTS = {
     "base is another tensor": lambda body: first_tensor(body)["raw"].update(name="lm_head.weight"),
     "base of another shape": lambda body: first_tensor(body)["raw"].update(shape=[64]),
     "no mean rows": lambda body: first_tensor(body).pop("mean_rows"),
+    "mean rows without a base": lambda body: first_tensor(body).update(raw=None, mean_rows=True),
+    "mean of no rows": lambda body: first_tensor(body).update(
+        mean_rows=True, raw={**first_tensor(body)["raw"], "shape": [0]}
+    ),
     "shape is text": lambda body: first_tensor(body).update(shape="32"),
     "other sum": lambda body: first_tensor(body).update(sha256="0" * 64),
     "other sum of tuned": lambda body: first_tensor(body)["tuned"].update(recovered_sha256="0" * 64),
