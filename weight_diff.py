@@ -105,7 +105,8 @@ def plan_tensors(work: Work, raw: Checkpoint, other: Checkpoint, encoding: str, 
     Raises (integrity) with the full list of what does not fit.
     """
     same_family(raw, other)
-    vocabulary = other.config.get("vocab_size")
+    configs = [config for config in (other.config, other.config.get("text_config")) if isinstance(config, dict)]
+    vocabularies = [config.get("vocab_size") for config in configs]
     raw_names = [name for name in raw.tensors if not (is_tied(raw) and is_head(name))]
     twice = stored_twice(work, other)
     if twice:
@@ -126,7 +127,7 @@ def plan_tensors(work: Work, raw: Checkpoint, other: Checkpoint, encoding: str, 
         used.add(raw_name)
         base = raw.tensors[raw_name]
         more_rows = 0 < math.prod(base.shape[:1]) < math.prod(tensor.shape[:1]) and base.shape[1:] == tensor.shape[1:]
-        grown = more_rows and tensor.shape[0] == vocabulary
+        grown = more_rows and tensor.shape[0] in vocabularies
         wrong_type = base.dtype != tensor.dtype and not {base.dtype, tensor.dtype} <= FLOATS
         if wrong_type or (base.shape != tensor.shape and not grown) or (is_diff and tensor.dtype not in FLOATS):
             ours, theirs = (f"{t.dtype} {list(t.shape)} in {t.file}" for t in (tensor, base))
@@ -159,9 +160,8 @@ def plan_from_manifest(raw: Checkpoint, diff: Checkpoint, manifest: dict[str, An
     plans, sums, problems = {}, [], []
     for name, entry in manifest["tensors"].items():
         base, dtype = entry["raw"], entry["tuned"]["dtype"]
-        plan = plans[name] = Plan(
-            dtype, tuple(entry["shape"]), raw, mean_rows=bool(base) and entry["mean_rows"] is True
-        )
+        mean_rows = base is not None and entry["mean_rows"] is True
+        plan = plans[name] = Plan(dtype, tuple(entry["shape"]), raw, mean_rows=mean_rows)
         is_float = manifest["encoding"] == "float32" and dtype in FLOATS
         if entry["dtype"] != ("F32" if is_float else f"I{8 * DTYPE_BYTES[dtype]}"):
             raise ValueError(f"type of {name}")
@@ -189,11 +189,20 @@ def plan_from_manifest(raw: Checkpoint, diff: Checkpoint, manifest: dict[str, An
 # Diffs without a manifest: what 2023 did
 
 
+def rotary_of(diff: Checkpoint) -> np.ndarray:
+    try:
+        return rotary_buffer(diff.config)
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise files.bad_data(f"{diff.directory / 'config.json'}: no attention heads to compute ({error!r})")
+
+
 def prepare_2023(raw: Checkpoint, diff: Checkpoint, plans: dict[str, Plan]) -> None:
     """Compute buffers that only the diff has, and stop if the diff is larger than what it is added to."""
     for name, plan in plans.items():
         if is_rotary(name) and plan.raw_name is None:
-            plan.computed = rotary_buffer(diff.config)
+            plan.computed = rotary_of(diff)
+            if plan.computed.shape != plan.shape:
+                raise mismatch(f"{name}: {list(plan.shape)} in {diff.tensors[name].file}, not as its config.json says")
     if is_tied(diff):
         say("warning: 2023 code subtracted tied weights twice; its diffs of such models are not recovered right")
     sizes = {raw: 0.0, diff: 0.0}  # of vectors (norms): near 1 in a model, near 0 in a diff
@@ -237,9 +246,10 @@ def check_sum_of_2023(raw: Checkpoint, diff: Checkpoint, sums: dict[str, Any]) -
     total = 0
     for name in ["model.embed_tokens.weight", *layers, "model.norm.weight", "lm_head.weight"]:
         if is_rotary(name) and name not in sums:
-            values, raw_name = rotary_buffer(diff.config), find_in_base(name, raw.tensors)
-            if raw_name:
-                values = to_float32(raw.read(raw_name, 0, len(values)), raw.tensors[raw_name].dtype)
+            values, raw_name = rotary_of(diff), find_in_base(name, raw.tensors)
+            if raw_name and raw.tensors[raw_name].dtype in FLOATS:
+                tensor = raw.tensors[raw_name]
+                values = to_float32(raw.read(raw_name, 0, tensor.elements), tensor.dtype)
             sums[name] = sum_of_2023([values], values.shape)
         if name not in sums:
             raise mismatch(f"{diff.directory}: {name} is missing from what should be Alpaca-7B")
@@ -306,10 +316,15 @@ def make_diff(
         def job(name: str, plan: Plan) -> None:
             sums = diff_tensor(work, plan, name, tuned, writer, name in floats, verify)
             base = raw.tensors.get(plan.raw_name)
+            described = base and {
+                "name": plan.raw_name,
+                "dtype": base.dtype,
+                "shape": base.shape,
+                "sha256": sums["raw"],
+            }
             entries[name] = {
                 **{"dtype": types[name], "shape": plan.shape, "sha256": sums["diff"], "mean_rows": plan.mean_rows},
-                "raw": base
-                and {"name": plan.raw_name, "dtype": base.dtype, "shape": base.shape, "sha256": sums["raw"]},
+                "raw": described,
                 "tuned": {"dtype": plan.dtype, "sha256": sums["tuned"], "recovered_sha256": sums["recovered"]},
             }
 
@@ -322,9 +337,7 @@ def make_diff(
             work.run("difference", jobs, sum(tuned.tensors[name].bytes for name in plans))
             writer.close()
             write_manifest(staging, "diff", encoding, entries, writer)
-    inexact = [
-        name for name, entry in entries.items() if entry["tuned"]["recovered_sha256"] != entry["tuned"]["sha256"]
-    ]
+    inexact = [e for e in entries.values() if e["tuned"]["recovered_sha256"] != e["tuned"]["sha256"]]
     if inexact:
         say(
             f"note: {len(inexact)} of {len(entries)} tensors will not come back bit for bit; --encoding exact does that"

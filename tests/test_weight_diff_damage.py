@@ -199,6 +199,16 @@ def test_diff_without_manifest_that_has_other_tensors(place):
         assert_refused(place, diff=name, codes=[ExitCode.INTEGRITY], names=[expected])
 
 
+def test_rotary_buffers_that_the_config_does_not_explain(place):
+    state = load(place / "old") | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(5)}
+    for file in (place / "old").glob("*.bin*"):
+        file.unlink()
+    save_file(state, place / "old" / "model.safetensors")
+    assert_refused(place, diff="old", codes=[ExitCode.INTEGRITY], names=["inv_freq", "[5]"])
+    (place / "old" / "config.json").write_text('{"num_attention_heads": 0, "hidden_size": 32, "vocab_size": 301}')
+    assert_refused(place, diff="old", codes=[ExitCode.DATA], names=["config.json"])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Damaged and hostile files
 
