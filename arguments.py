@@ -47,6 +47,20 @@ class DataArguments:
         default=0.0,
         metadata={"help": "Hold out this many examples (or this fraction, below 1) and evaluate on them; 0: none."},
     )
+    padding_free: bool = field(
+        default=True,
+        metadata={
+            "help": "Lay a micro-batch's examples end to end instead of padding them; a model that would mix them gets "
+            "padded batches all the same. False: padding, as in 2023."
+        },
+    )
+    balance_tokens: bool = field(
+        default=True,
+        metadata={
+            "help": "Regroup the examples of each optimizer step into micro-batches of nearly equal token counts. "
+            "False: micro-batches of per_device_train_batch_size examples, as in 2023."
+        },
+    )
     show_batch: int = field(
         default=0, metadata={"help": "Print this many examples, trained tokens told apart, and exit; 0: train."}
     )

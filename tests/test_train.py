@@ -107,6 +107,7 @@ def test_readme_command(command, llama, opt, tmp_path):
     ):
         assert said.count(line) == 1, said
     assert ("LLaMADecoderLayer is written LlamaDecoderLayer" in said) == ("LLaMADecoderLayer" in command)
+    assert said.count("batches are padded: opt would mix examples") == ("OPTDecoderLayer" in command)
 
 
 def test_two_plain_processes_take_the_same_steps(one_process, llama, data, tmp_path):
@@ -114,6 +115,18 @@ def test_two_plain_processes_take_the_same_steps(one_process, llama, data, tmp_p
         *("train.py", "--model_name_or_path", llama, "--data_path", data, "--output_dir", tmp_path / "out", *RECIPE),
         *("--gradient_accumulation_steps", "2", "--save_strategy", "no"),
         processes=2,
+    )
+    assert result.returncode == 0, result.stderr[-20000:]
+    assert losses(tmp_path / "out") == pytest.approx(losses(one_process), abs=1e-5)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_batches_of_2023_take_the_same_steps(processes, one_process, llama, data, tmp_path):
+    result = run(
+        *("train.py", "--model_name_or_path", llama, "--data_path", data, "--output_dir", tmp_path / "out", *RECIPE),
+        *("--gradient_accumulation_steps", 4 // processes, "--save_strategy", "no"),
+        *("--padding_free", "False", "--balance_tokens", "False"),
+        processes=processes if processes > 1 else 0,
     )
     assert result.returncode == 0, result.stderr[-20000:]
     assert losses(tmp_path / "out") == pytest.approx(losses(one_process), abs=1e-5)
