@@ -8,12 +8,14 @@ import concurrent.futures
 import contextlib
 import datetime
 import email.utils
+import functools
 import http.client
 import json
 import math
 import os
 import random
 import re
+import sys
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 from urllib.parse import urlsplit
@@ -111,6 +113,7 @@ class Teacher:
         max_attempts: int = 10,
         sleep_time: float = 2.0,
         timeout: float = 600.0,
+        notify: Callable[[str], None] = lambda message: None,
         **decoding_kwargs,
     ):
         import openai
@@ -136,7 +139,7 @@ class Teacher:
         self.max_attempts, self.sleep_time, self.timeout = max_attempts, sleep_time, timeout
         self._parameters = self._decoding_parameters(decoding or OpenAIDecodingArguments(), decoding_kwargs)
         self._given_up: set[str] = set()  # fields that the server does not take
-        self.notices: list[str] = []  # what the server did not take, once each, for the caller to print
+        self._notify = notify
         self.stopping = asyncio.Event()
 
     def _decoding_parameters(self, decoding: OpenAIDecodingArguments, extra: dict[str, Any]) -> dict[str, Any]:
@@ -260,6 +263,8 @@ class Teacher:
             wait = min(60.0, self.sleep_time * 2 ** (failed - 1)) * random.uniform(0.5, 1.0)
             if server_wait is not None:
                 wait = server_wait * random.uniform(1.0, 1.05)  # never sooner than asked, and not all at once
+                if wait > 60:
+                    self._notify(f"{self.host} asks to wait {wait:.0f} s before the next attempt")
             await self._sleep(wait)
 
     async def _sleep(self, seconds: float) -> None:
@@ -290,7 +295,7 @@ class Teacher:
     def read_answer(self, text: str, body: dict[str, Any]) -> dict[str, Any]:
         """The answer's JSON → choices, usage and model, checked. Raises BadAnswer."""
         try:
-            answer = json.loads(self.redact(text))
+            answer = json.loads(text)
         except (ValueError, RecursionError):
             raise BadAnswer("HTML page" if text.lstrip()[:1] == "<" else "broken JSON", text)
         answer = answer if isinstance(answer, dict) else {}
@@ -309,12 +314,12 @@ class Teacher:
             if not isinstance(content, str):
                 raise BadAnswer("null content", text, usage if known else None)
             finish = {name: choice.get(name) for name in ("finish_reason", "logprobs")}
-            found.append({"text": content, "index": index, **finish})
+            found.append({"text": self.redact(content), "index": index, **finish})
         if not known:  # four characters a token where the server does not count
             lengths = len(str(body.get("prompt") or body.get("messages"))), sum(len(choice["text"]) for choice in found)
             usage = {name: length // 4 for name, length in zip(usage, lengths, strict=True)}
         model = answer.get("model") if isinstance(answer.get("model"), str) else self.model_name
-        return {"choices": found, "usage": usage, "model": model}
+        return {"choices": found, "usage": usage, "model": self.redact(model)}
 
     def read_error(self, status: int, text: str) -> dict[str, Any]:
         """The error forms of many servers → {"status", "verdict", "message", "param"}, without the key."""
@@ -346,7 +351,7 @@ class Teacher:
             other = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}.get(name)
             if other and other not in self._given_up:
                 self._parameters[other] = value
-            self.notices.append(f"{self.host} does not take {name}: {f'sent as {other}' if other else 'left out'}")
+            self._notify(f"{self.host} does not take {name}: {f'sent as {other}' if other else 'left out'}")
         return bool(named)  # also where another request in flight has learnt it before
 
     async def refusal(self, error: dict[str, Any]) -> ExpectedError:
@@ -398,13 +403,13 @@ class Teacher:
                 for number, body in bodies.items()
             )
             data = "".join(line + "\n" for line in lines).encode()
-            upload = await self.attempts(lambda: client.files.create(file=("batch.jsonl", data), purpose="batch"))
+            upload = await self._call(lambda: client.files.create(file=("batch.jsonl", data), purpose="batch"))
             batch |= {"input_file_id": upload.id}
             remember(batch)
 
         async def find_or_create():
             # A process killed between creating a batch and remembering it must not create, and pay, a second one.
-            async for known in client.batches.list(limit=100):
+            for known in (await client.batches.list(limit=100)).data:  # the newest
                 if known.input_file_id == batch["input_file_id"]:
                     return known
             return await client.batches.create(
@@ -412,17 +417,17 @@ class Teacher:
             )
 
         if "batch_id" not in batch:
-            batch |= {"batch_id": (await self.attempts(find_or_create)).id}
+            batch |= {"batch_id": (await self._call(find_or_create)).id}
             remember(batch)
         while True:
-            state = await self.attempts(lambda: client.batches.retrieve(batch["batch_id"]))
+            state = await self._call(lambda: client.batches.retrieve(batch["batch_id"]))
             if state.status in ("completed", "expired", "cancelled", "failed"):
                 break
             await self._sleep(poll_seconds)
         results: dict[int, dict[str, Any] | str] = {number: f"batch {state.status}" for number in bodies}
         refusal = None
         for file_id in filter(None, (state.output_file_id, state.error_file_id)):
-            content = await self.attempts(lambda file_id=file_id: client.files.content(file_id))
+            content = await self._call(lambda file_id=file_id: client.files.content(file_id))
             for line in content.text.splitlines():
                 number, result, error = self._read_batch_line(line, bodies)
                 if number in results:
@@ -437,6 +442,20 @@ class Teacher:
                 ExitCode.API,
             )
         return results, refusal and await self.refusal(refusal)
+
+    async def _call(self, operation: Callable[[], Awaitable]) -> Any:
+        """A request beside the completions, with retries; an HTML page or broken JSON counts as a failed attempt."""
+
+        async def attempt():
+            try:
+                result = await operation()
+            except ValueError:
+                raise BadAnswer("broken JSON", "")
+            if isinstance(result, str):
+                raise BadAnswer("HTML page", result)
+            return result
+
+        return await self.attempts(attempt)
 
     def _read_batch_line(self, line: str, bodies: dict[int, dict]) -> tuple[int, dict | str, dict | None]:
         """One line of a batch's result files → request number, answer or fault, error that ends the run or None."""
@@ -457,7 +476,7 @@ class Teacher:
         error = self.read_error(status, payload)
         if error["verdict"] == "filtered":
             return number, self.filtered_answer(), None
-        fatal = error["verdict"] in ("key", "quota", "model", "request")
+        fatal = error["verdict"] in ("key", "quota", "model", "request", "shorten")
         return number, f"HTTP {status}", error if fatal else None
 
 
@@ -471,7 +490,7 @@ def complete_prompts(prompts: list, batch_size: int, n: int, **teacher_arguments
 
 
 async def _complete_prompts(prompts: list, batch_size: int, n: int, teacher_arguments: dict) -> list[list[dict]]:
-    teacher = Teacher(**teacher_arguments)
+    teacher = Teacher(**teacher_arguments, notify=functools.partial(tqdm.write, file=sys.stderr))
     places = asyncio.Semaphore(batch_size)
     bar = tqdm(total=len(prompts), desc="prompts", disable=None)
 

@@ -18,6 +18,7 @@ import hashlib
 import inspect
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -26,7 +27,6 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from completions import DEFAULT_MODEL, Stopped, Teacher
@@ -75,6 +75,9 @@ def _locked(output_dir: str) -> Iterator[None]:
                 f"{output_dir} is in use by {file.read().strip() or 'another process'}; wait for it or choose another",
                 ExitCode.LOCKED,
             )
+        for name in os.listdir(output_dir):  # what a killed process may have left of writing regen.json
+            if name.startswith(".regen.json.") and name.endswith(".tmp"):
+                os.unlink(os.path.join(output_dir, name))
         file.truncate(0)
         file.write(f"process {os.getpid()} on {os.uname().nodename}, since {time.ctime()}\n")
         file.flush()
@@ -82,7 +85,10 @@ def _locked(output_dir: str) -> Iterator[None]:
 
 
 def _open_log(output_dir: str) -> Log:
-    log = Log(os.path.join(output_dir, "requests.jsonl"))
+    try:
+        log = Log(os.path.join(output_dir, "requests.jsonl"))
+    except OSError as error:
+        raise ExpectedError(f"{error.filename}: {error.strerror}; choose a writable --output_dir", ExitCode.DISK)
     if log.cut_off:
         _say(f"requests.jsonl: cut off {log.cut_off} bytes of a last line that was not finished")
     return log
@@ -208,8 +214,12 @@ class Run:
 
     def requests_wanted(self, under_way: int) -> int:
         """How many more requests the target is likely to need, beside those under way or answered out of turn."""
-        missing = self.collection.target - len(self.collection.entries)
-        return int(np.ceil(missing / self.kept_per_answer())) - under_way - len(self.collection.waiting)
+        collection = self.collection
+        missing = collection.target - len(collection.entries)
+        likely = math.ceil(missing / self.kept_per_answer()) - len(collection.waiting)
+        # Answers that wait behind a request without one are of no use until it has: those come first in any case.
+        gaps = max(collection.waiting, default=-1) + 1 - collection.answers - len(collection.waiting)
+        return (max(likely, gaps) if missing > 0 else 0) - under_way
 
     async def advance(self) -> None:
         """Use the answers whose turn has come, show where the run is, and write regen.json now and then."""
@@ -223,9 +233,6 @@ class Run:
         if count < len(collection.entries) and time.monotonic() - when > WRITE_SECONDS:
             await asyncio.to_thread(write_regen, collection, self.output_dir)
             self.written = time.monotonic(), len(collection.entries)
-        for notice in self.teacher.notices:
-            _say(notice)
-        self.teacher.notices.clear()
         if min(collection.barren, self.new_answers) >= BARREN_ANSWERS and not collection.full:
             raise ExpectedError(
                 f"the last {collection.barren} answers gave nothing new; everything so far is saved: look at the "
@@ -278,7 +285,7 @@ class Run:
                 if self.collection.full or failure:
                     self.teacher.stopping.set()  # what waits for another attempt need not
                 limit = concurrency if self.new_answers else 1  # the first goes alone: its key may be wrong
-                while not stop.done() and not self.teacher.stopping.is_set() and len(tasks) < limit:
+                while not self.teacher.stopping.is_set() and len(tasks) < limit:
                     if self.meter.exhausted() or self.requests_wanted(len(tasks)) <= 0:
                         break
                     self.meter.count_request()
@@ -303,10 +310,8 @@ class Run:
         finally:
             for task in {*tasks, stop}:
                 task.cancel()
-        if failure:
-            raise failure
         if not self.collection.full and not self.interrupted:
-            raise budget_error(self.meter.exhausted())
+            raise failure or budget_error(self.meter.exhausted())
 
     async def ask(self, number: int) -> None:
         """One request, with its retries, into the log. The caller has counted the first attempt."""
@@ -448,7 +453,7 @@ def generate_instruction_following_data(
     if api == "completions":
         # A base model would go on for ever. 2023's stops, "20." and the like, cut answers with such a number in them.
         decoding.stop = [f"\n{TASKS_PER_PROMPT + 1}. Instruction:"]
-    teacher = Teacher(str(model_name), decoding, api, base_url, max_attempts, sleep_time, timeout)
+    teacher = Teacher(str(model_name), decoding, api, base_url, max_attempts, sleep_time, timeout, _say)
     settings = {name: arguments[name] for name in ("num_instructions_to_generate", *Limits._fields)}
     settings |= {name: arguments[name] for name in ("model_name", "api", "temperature", "top_p", "max_tokens")}
     settings["blacklist"] = _words(blacklist)
@@ -484,9 +489,8 @@ def generate_instruction_following_data(
 
 def _words(blacklist: Any) -> list[str]:
     """--blacklist as Fire gives it: a tuple or list, or one word or comma-separated words in a string."""
-    return (
-        [word.strip() for word in blacklist.split(",")] if isinstance(blacklist, str) else [str(w) for w in blacklist]
-    )
+    words = blacklist.split(",") if isinstance(blacklist, str) else map(str, blacklist)
+    return [word.strip() for word in words if word.strip()]
 
 
 def _check(arguments: dict[str, Any]) -> None:
@@ -494,6 +498,7 @@ def _check(arguments: dict[str, Any]) -> None:
     whole = ("num_instructions_to_generate", "num_prompt_instructions", "request_batch_size", "num_cpus", "concurrency")
     whole += ("max_tokens", "max_attempts", "max_requests", "max_tokens_total", "batch_requests")
     numbers = ("sleep_time", "timeout", "price_in", "price_out", "max_cost", "poll_seconds", "temperature", "top_p")
+    numbers += ("max_similarity", "min_words", "max_words")
     for name in (*whole, *numbers):
         value = arguments[name]
         kind = int if name in whole else (int, float)

@@ -109,6 +109,7 @@ class Log:
                     break
                 content = line[:-_CHECKSUM_LENGTH]
                 if line != content + _CHECKSUM % _checksum(content):
+                    os.close(self._handle)
                     raise ExpectedError(
                         f"{path}: line {number} (at byte {self._end}) is damaged; restore the file from a copy, or cut "
                         f"it off there to ask again for what follows: truncate -s {self._end} {path}",
