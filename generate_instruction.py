@@ -301,8 +301,7 @@ class Run:
                 if patience == 0.0 and not done:
                     break
                 tasks -= done
-                for task in done - {stop}:
-                    error = task.exception()
+                for error in [task.exception() for task in done - {stop}]:
                     if isinstance(error, ExpectedError):
                         failure = failure or error
                     elif error and not isinstance(error, Stopped):
@@ -310,6 +309,7 @@ class Run:
         finally:
             for task in {*tasks, stop}:
                 task.cancel()
+            await asyncio.gather(*tasks, stop, return_exceptions=True)
         if not self.collection.full and not self.interrupted:
             raise failure or budget_error(self.meter.exhausted())
 
@@ -477,14 +477,21 @@ def generate_instruction_following_data(
             meter.read(record)
         log.records = [record for record in log.records if "batch_state" in record or "request" in record]
         run = Run(teacher, collection, log, meter, output_dir, prompts)
-        try:
-            _project(run, max_tokens, output_dir)
-            asyncio.run(
-                run.collect(concurrency or request_batch_size, batch_requests if batch_api else 0, poll_seconds)
-            )
-        finally:
+
+        def finish() -> None:
             write_regen(collection, output_dir)
             print(_summary(collection, meter, output_dir))
+
+        try:
+            _project(run, max_tokens, output_dir)
+            batches = batch_requests if batch_api else 0
+            asyncio.run(run.collect(concurrency or request_batch_size, batches, poll_seconds))
+        except OSError:
+            raise  # the disk is full: regen.json stays as it is
+        except BaseException:
+            finish()
+            raise
+        finish()
 
 
 def _words(blacklist: Any) -> list[str]:

@@ -93,6 +93,7 @@ class Log:
 
     def __init__(self, path: str):
         new = not os.path.exists(path)
+        self._path = path
         self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         os.fchmod(self._handle, 0o600)
         if new:
@@ -127,8 +128,9 @@ class Log:
             while written < len(line):
                 written += os.write(self._handle, line[written:])
             os.fsync(self._handle)
-        except OSError:
+        except OSError as error:
             os.ftruncate(self._handle, self._end)
+            error.filename = self._path
             raise
         self._end += len(line)
 

@@ -570,7 +570,8 @@ def test_a_full_disk_leaves_everything_earlier_intact(tmp_path, undisturbed):
         process = start(server, tmp_path, "--concurrency", "4")
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (30_000, 30_000))
         code, _, err = finish(process)
-        assert code == 8 and err.strip().splitlines()[-1].startswith("error: "), err
+        assert code == 8 and err.strip().splitlines()[-1].startswith("error: File too large: "), err
+        assert "requests.jsonl; free some space" in err
         assert "Traceback" not in err
         assert (tmp_path / "requests.jsonl").read_bytes().endswith(b"}\n") and len(answers(tmp_path)) > 2
         paid = {record["request"] for record in answers(tmp_path)}
