@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import HfArgumentParser
+from transformers.integrations import get_available_reporting_integrations
 
 from utils import ExitCode, ExpectedError, notice
 
@@ -75,6 +76,17 @@ class TrainingArguments(transformers.TrainingArguments):
     optim: str = field(default="adamw_torch", metadata={"help": "The optimizer; adamw_hf, gone since, is adamw_torch."})
     model_max_length: int = field(default=512, metadata={"help": "Longer examples are cut on the right. In tokens."})
 
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "Go on from a checkpoint: a path, True (the newest whole one in --output_dir) or last (the same, "
+            "and a start from the beginning where there is none)."
+        },
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Keep a NaN loss out of the log. Here it stops the run."}
+    )
+
     # Spellings of 2023 that the library no longer knows. None: not given.
     evaluation_strategy: str | None = field(default=None, metadata={"help": "2023 spelling of --eval_strategy."})
     warmup_ratio: float | None = field(
@@ -111,9 +123,21 @@ class TrainingArguments(transformers.TrainingArguments):
         self._read_fsdp()
         self._read_deepspeed()
         super().__post_init__()
+        self._check_trackers()
         if self.n_gpu > 1:
             notice(f"one process uses one GPU; start torchrun --nproc_per_node={self.n_gpu} train.py … to use them all")
             self._n_gpu = 1  # DataParallel would multiply the batch
+
+    @property
+    def sharding(self) -> str:
+        """How weights and optimizer states are spread over the processes: "none", "fsdp" or "deepspeed"."""
+        return "deepspeed" if self.deepspeed else "fsdp" if self.fsdp else "none"
+
+    def _check_trackers(self) -> None:
+        missing = set(self.report_to) - set(get_available_reporting_integrations()) - {"none"}
+        if missing:
+            name = min(missing)
+            raise ExpectedError(f"--report_to {name} needs the package: pip install {name}", ExitCode.USAGE)
 
     def _train_on_cpu(self) -> None:
         if not self.use_cpu:

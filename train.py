@@ -9,13 +9,14 @@ The README has the full commands. `python train.py --help` lists every flag, the
 """
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import ProgressCallback, Trainer
 
 from arguments import (  # noqa: F401
     DataArguments,
@@ -24,6 +25,8 @@ from arguments import (  # noqa: F401
     choose_layers_to_wrap,
     parse_arguments,
 )
+from callbacks import ProgressBar, ShardingCheck, SpaceCheck, StepWatch
+from checkpoints import find_checkpoint, finish_checkpoint, publish_model, record_run, remove_checkpoint, stage_model
 from dataset import (  # noqa: F401  the 2023 names that people import from here
     IGNORE_INDEX,
     BalancedBatchSampler,
@@ -48,31 +51,18 @@ from utils import (  # noqa: F401
 )
 
 
-class ShardingCheck(TrainerCallback):
-    """Says before the first step how the parameters really lie; FSDP that shards nothing is an error on a GPU."""
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        if not args.fsdp:
-            return
-        sharded = [parameter for parameter in model.parameters() if isinstance(parameter, DTensor)]
-        if sharded:
-            total = sum(parameter.numel() for parameter in model.parameters())
-            local = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in model.parameters())
-            notice(f"FSDP holds {local:,} of {total:,} parameters on rank {args.process_index} of {args.world_size}")
-        elif args.use_cpu:
-            notice("--fsdp shards nothing on the CPU: the run is plain data-parallel, a whole model in each process")
-        else:
-            raise ExpectedError(
-                "--fsdp was asked for, but the parameters are not sharded; check --fsdp_config", ExitCode.USAGE
-            )
-
-
 class AlpacaTrainer(Trainer):
-    """The Trainer, with the examples of each optimizer step regrouped into micro-batches of equal token counts."""
+    """The Trainer, with the examples of each optimizer step regrouped into micro-batches of equal token counts, steps
+    that are looked at before they change the weights, and saves that are whole or absent."""
 
     def __init__(self, *args, balance_tokens: bool, **kwargs):
         super().__init__(*args, **kwargs)
         self.balance_tokens = balance_tokens
+        self.watch = StepWatch(self.train_dataset)
+        for callback in (ShardingCheck(), SpaceCheck(), self.watch):
+            self.add_callback(callback)
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(ProgressBar())
 
     def get_train_dataloader(self) -> DataLoader:
         """The Trainer's order of examples, cut into steps as it cuts them; only the micro-batches are others."""
@@ -103,6 +93,61 @@ class AlpacaTrainer(Trainer):
             prefetch_factor=args.dataloader_prefetch_factor,
         )
         return self.accelerator.prepare(loader)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outcome = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if model.training:
+            self.watch.saw(inputs, outcome[0] if return_outputs else outcome)
+            if self.is_deepspeed_enabled and self.accelerator.sync_gradients:
+                self.watch.look(self.args, self.state, None)  # its backward pass ends with the optimizer's step
+        return outcome
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Called between the clipping of gradients and the optimizer's step."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
+        self.watch.look(self.args, self.state, grad_norm)
+        return grad_norm
+
+    def log(self, logs, start_time=None):
+        super().log({**logs, **self.watch.figures()} if "loss" in logs else logs, start_time)
+
+    def _run_epoch(self, **kwargs):
+        if self.state.global_step < self.state.max_steps:  # else a finished run was started again: nothing to train
+            super()._run_epoch(**kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        directory = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        if self.args.should_save:
+            remove_checkpoint(directory)  # of an earlier, interrupted try
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # old ones stay until this one is whole
+        super()._save_checkpoint(model, trial)
+        self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()  # the ranks write their own files
+        if self.args.should_save:
+            finish_checkpoint(
+                directory,
+                limit,
+                self.state.best_model_checkpoint,
+                sharding=self.args.sharding,
+                processes=self.args.world_size,
+                has_optimizer=not self.args.save_only_model,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """The final model takes an older one's place as a whole; what has a directory of its own is saved there."""
+        if output_dir is not None:
+            return super().save_model(output_dir, _internal_call)
+        staged = once_for_all_ranks(lambda: stage_model(self.args.output_dir))
+        super().save_model(staged, _internal_call=True)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            publish_model(self.args.output_dir)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
 
 @torch.no_grad()
@@ -175,6 +220,9 @@ def train() -> None:
             show_batch(data_module["train_dataset"], tokenizer, data_args.show_batch)
         return
 
+    checkpoint = once_for_all_ranks(
+        lambda: find_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir, training_args.sharding)
+    )
     config = from_pretrained(transformers.AutoConfig, model_args.model_name_or_path, cache_dir=training_args.cache_dir)
     choose_layers_to_wrap(training_args, config)
     if data_args.padding_free and not keeps_examples_apart(config):
@@ -188,11 +236,20 @@ def train() -> None:
         model=model,
         processing_class=tokenizer,
         args=training_args,
-        callbacks=[ShardingCheck()],
         balance_tokens=data_args.balance_tokens,
         **data_module,
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    if training_args.process_index == 0:
+        record_run(
+            model_args, data_args, training_args, data_module["train_dataset"], model.num_parameters(), checkpoint
+        )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.watch.preempted:
+        raise ExpectedError(
+            f"stopped by SIGTERM after saving {trainer.watch.preempted}; --resume_from_checkpoint last goes on from "
+            "there",
+            ExitCode.PREEMPTED,
+        )
     trainer.save_state()
     trainer.model.config.use_cache = config.use_cache  # off while training, on for whoever generates
     trainer.save_model()
