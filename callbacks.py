@@ -116,13 +116,8 @@ class Preemption:
         self.asked = False
         self._over = threading.Event()
 
-    def start(self) -> None:
-        here = (socket.gethostname(), os.getpid())
-        everyone = [here]
-        if dist.is_initialized():
-            everyone = [None] * dist.get_world_size()
-            dist.all_gather_object(everyone, here)
-        peers = [pid for host, pid in everyone if host == here[0] and pid != here[1]]
+    def start(self, peers: list[int]) -> None:
+        """`peers`: the process ids that end this process by ending."""
         signals, self._wakeup = os.pipe()
         os.set_blocking(self._wakeup, False)
         signal.signal(signal.SIGTERM, lambda *_: None)  # what Python hears of, it also writes to the wake-up pipe
@@ -151,6 +146,15 @@ class Preemption:
         os.close(self._wakeup)
 
 
+def processes_beside_this() -> list[int]:
+    """The process ids of the job's other ranks on this machine."""
+    if not dist.is_initialized():
+        return []
+    here, everyone = (socket.gethostname(), os.getpid()), [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, here)
+    return [pid for host, pid in everyone if host == here[0] and pid != here[1]]
+
+
 def is_running(pid: int) -> bool:
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
@@ -177,7 +181,7 @@ class StepWatch(TrainerCallback):
         self.tokens, self.slots, self.seconds = 0, 0, 0.0  # of all ranks since the last log line
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.preemption.start()
+        self.preemption.start(processes_beside_this())
         # A parameter costs a token 2 FLOPs forward and 2 backward through the activations, and 2 more if it is trained.
         self.flops_per_token = 4 * get_model_param_count(model) + 2 * get_model_param_count(model, trainable_only=True)
         self.peak = peak_flops(torch.cuda.get_device_name()) if args.device.type == "cuda" else None

@@ -1,19 +1,28 @@
 """Runs that are killed, preempted, poisoned and resumed: real processes, real signals, real files."""
 
+import hashlib
 import json
+import os
 import random
 import re
 import shutil
+import subprocess
+import sys
 import time
 
+import psutil
 import pytest
+import safetensors.torch
+import torch
 import transformers
 
 import checkpoints
-from utils import ExpectedError
+from arguments import TrainingArguments
+from dataset import DataCollatorForSupervisedDataset, SupervisedDataset
+from utils import ExpectedError, complete_tokenizer
 
 from . import forked
-from .conftest import ROOT
+from .conftest import ROOT, run
 
 STEPS = 14  # of 4 examples; 36 examples make 9 steps an epoch, so that runs end and resume within epochs
 FLAGS = [
@@ -123,7 +132,7 @@ def kill_while_saving(kills, command, directory, rng):
 
 
 def check_kills(kills, command, uninterrupted, directory, seed):
-    """Every kill leaves something to go on from, the next start names what it skips, and the end is bitwise as without."""
+    """Every kill leaves something to go on from, the next start names what it skips, bitwise the same at the end."""
     rng, report, previous = random.Random(seed), [], None
     for killed in kill_while_saving(kills, command, directory, rng):
         if previous and previous["out"] == killed["out"]:
@@ -217,3 +226,211 @@ def test_sigterm_saves_exits_75_and_the_same_command_goes_on(command, uninterrup
     process.join()
     assert process.exitcode == 0 and f"going on from {out / saved}" in (tmp_path / "log").read_text()
     assert_same_run(out, uninterrupted)
+
+
+def trainer_for(base, data, out, *flags):
+    """The Trainer that train.py makes, in this process, over padded batches of two."""
+    from transformers import HfArgumentParser
+
+    from train import AlpacaTrainer
+
+    flags = ["--output_dir", out, "--max_steps", 4, "--per_device_train_batch_size", 2, "--use_cpu", "True", *flags]
+    args = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(list(map(str, flags)))[0]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base, model_max_length=512, padding_side="right")
+    complete_tokenizer(tokenizer, "<unk>")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    collate = DataCollatorForSupervisedDataset(tokenizer)
+    dataset = SupervisedDataset(str(data), tokenizer)
+    return AlpacaTrainer(model=model, args=args, train_dataset=dataset, data_collator=collate)
+
+
+def copy_of(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def test_a_bad_gradient_stops_before_the_weights_change(base, data, tmp_path):
+    trainer = trainer_for(base, data, tmp_path, "--gradient_accumulation_steps", "2", "--logging_steps", "1")
+    weights = []
+
+    def spoil(gradient):
+        weights.append(copy_of(trainer.model))  # as they are when the backward pass gets here
+        return gradient * float("inf") if len(weights) == 6 else gradient  # the last micro-batch of step 3
+
+    trainer.model.lm_head.weight.register_hook(spoil)
+    with pytest.raises(ExpectedError, match=r"step 3: the gradient norm is (nan|inf) over records") as raised:
+        trainer.train()
+    assert raised.value.exit_code == 7
+    assert all(torch.equal(tensor, weights[-1][name]) for name, tensor in trainer.model.state_dict().items())
+    assert len(re.findall(r"\d+", str(raised.value).split("over records")[1].split("(")[0])) == 4
+    assert len(trainer.state.log_history) == 2
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_bad_loss_stops_the_job_and_names_its_examples(processes, base, data, tmp_path):
+    """A token whose embedding is NaN, in one record alone."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base, model_max_length=512)
+    complete_tokenizer(tokenizer, "<unk>")
+    dataset = SupervisedDataset(str(data), tokenizer)
+    texts = [set(dataset[index]["input_ids"].tolist()) for index in range(len(dataset))]
+    bad = 20
+    token = min(texts[bad] - set().union(*texts[:bad], *texts[bad + 1 :]))
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    model.get_input_embeddings().weight.data[token] = float("nan")
+    model.save_pretrained(tmp_path / "poisoned")
+    tokenizer.save_pretrained(tmp_path / "poisoned")
+    flags = ["--model_name_or_path", tmp_path / "poisoned", "--data_path", data, "--output_dir", tmp_path / "out"]
+    flags += ["--pad_token", "<unk>", "--max_steps", 20, "--save_steps", 1, "--logging_steps", 1]
+    flags += ["--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 4 // processes]
+    if processes == 1:
+        process = forked.start(forked.train, tmp_path / "log", *flags)
+        process.join()
+        code, said = process.exitcode, (tmp_path / "log").read_text()
+    else:
+        result = run("train.py", *flags, processes=2)
+        code, said = result.returncode, result.stderr
+        assert "exitcode  : 7" in said
+    assert code == (7 if processes == 1 else 1), said
+    step = int(
+        re.search(r"error: step (\d+): the loss is not finite in the micro-batches of records 20 \(", said).group(1)
+    )
+    newest = checkpoints.checkpoints_in(tmp_path / "out")
+    assert [path.name for path in newest] == [f"checkpoint-{done}" for done in range(1, step)]
+    assert not (tmp_path / "out" / "config.json").exists()
+    if newest:
+        saved = safetensors.torch.load_file(newest[-1] / "model.safetensors")
+        assert sum(not tensor.isfinite().all() for tensor in saved.values()) == 1  # the token's row
+
+
+def test_a_killed_process_ends_the_job(base, data, tmp_path):
+    """torchrun's processes are found by their parent; one of them is killed in the middle of training."""
+    flags = ["--model_name_or_path", base, "--data_path", data, "--output_dir", tmp_path / "out", "--logging_steps", 1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+    with open(tmp_path / "log", "w") as log:
+        job = subprocess.Popen(
+            [*launch, *map(str, flags), "--max_steps", "100000", "--save_strategy", "no"],
+            cwd=ROOT,
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
+    try:
+        while "'loss'" not in (tmp_path / "log").read_text():
+            assert job.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.1)
+        ranks = psutil.Process(job.pid).children()
+        assert len(ranks) == 2
+        ranks[1].kill()
+        killed = time.monotonic()
+        assert job.wait(timeout=60) != 0
+        seconds = time.monotonic() - killed
+        print(f"a killed rank ended the job after {seconds:.1f} s")
+        assert seconds < 30
+        assert not any(rank.is_running() for rank in ranks)
+    finally:
+        for process in [*psutil.Process(job.pid).children(), job] if job.poll() is None else []:
+            process.kill()
+
+
+def wait_in_a_collective(peer):
+    """As a process that waits on a GPU for a dead one: in C, where no Python code of the main thread runs."""
+    import ctypes
+
+    from callbacks import Preemption
+
+    preemption = Preemption()
+    preemption.start([peer])
+    print("waiting", flush=True)
+    mutex = ctypes.create_string_buffer(128)
+    for _ in range(2):
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
+
+
+def test_sigterm_ends_a_process_that_waits_for_a_dead_one(tmp_path):
+    peer = forked.start(time.sleep, tmp_path / "peer", 1000)
+    waiting = forked.start(wait_in_a_collective, tmp_path / "log", peer.pid)
+    wait_for(lambda: "waiting" in (tmp_path / "log").read_text(), waiting)
+    waiting.terminate()  # as before a preemption: it stays
+    waiting.join(1.5)
+    assert waiting.exitcode is None
+    peer.kill()
+    waiting.join(10)
+    assert waiting.exitcode == 1 and "a process of this job was killed" in (tmp_path / "log").read_text()
+
+
+def test_too_little_space_is_said_before_the_first_step(command, tmp_path):
+    flags = [*command, "--max_steps", 10**9, "--num_train_epochs", 1, "--save_total_limit", 10**9]
+    process = forked.start(forked.train, tmp_path / "log", *flags, "--output_dir", tmp_path / "out")
+    process.join()
+    said = (tmp_path / "log").read_text()
+    assert process.exitcode == 8 and "GiB free, and this run will need about" in said and "'loss'" not in said
+    assert not checkpoints.checkpoints_in(tmp_path / "out")
+
+
+def test_every_log_line_tensorboard_and_the_progress_bar_carry_the_figures(base, data, tmp_path, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    figures = {"loss", "learning_rate", "grad_norm", "tokens_per_second", "padding_share"}
+    flags = ("--report_to", "tensorboard", "--logging_steps", 2, "--disable_tqdm", "False")
+    trainer = trainer_for(base, data, tmp_path, *flags, "--gradient_accumulation_steps", 2)
+    batches = [batch for _, batch in zip(range(8), trainer.get_train_dataloader(), strict=False)]
+    started = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - started
+    lines = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [set(line) for line in lines] == [figures | {"epoch", "step"}] * 2
+    assert lines == [entry for entry in log_history(tmp_path / "checkpoint-4") if "loss" in entry]
+    tokens = [int(batch["attention_mask"].sum()) for batch in batches]
+    slots = [batch["input_ids"].numel() for batch in batches]
+    assert [line["padding_share"] for line in lines] == [
+        pytest.approx(1 - sum(tokens[:4]) / sum(slots[:4])),
+        pytest.approx(1 - sum(tokens[4:]) / sum(slots[4:])),
+    ]
+    took = sum(tokens[:4]) / lines[0]["tokens_per_second"] + sum(tokens[4:]) / lines[1]["tokens_per_second"]
+    assert 0.2 * seconds < took < seconds
+    [folder] = (tmp_path / "runs").iterdir() if (tmp_path / "runs").exists() else tmp_path.glob("**/*tfevents*")
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    for name in figures:
+        points = [(event.step, event.value) for event in events.Scalars(f"train/{name}")]
+        assert points == [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in lines]
+    shown = capsys.readouterr()
+    for name in figures:
+        assert f"'{name}': '{lines[1][name]:.4g}'" in shown.out
+        assert f"{name}={lines[1][name]:.3g}" in shown.err
+    watch = trainer.watch  # as on four A100s with a 7B model: 6 × 7e9 × 20,000 tokens/s over 4 × 312e12
+    watch.tokens, watch.slots, watch.seconds = 200_000, 250_000, 10.0
+    watch.flops_per_token, watch.peak = 6 * 7e9, 4 * 312e12
+    assert watch.figures() == {
+        "tokens_per_second": 20_000,
+        "padding_share": pytest.approx(0.2),
+        "mfu": pytest.approx(0.673, abs=1e-3),
+    }
+
+
+def test_the_run_record(uninterrupted, base, data):
+    record = json.loads((uninterrupted / "run.json").read_text())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base, model_max_length=512)
+    complete_tokenizer(tokenizer)
+    rows = list(SupervisedDataset(str(data), tokenizer))
+    assert record["data"] == {
+        "path": str(data),
+        "sha256": hashlib.sha256(data.read_bytes()).hexdigest(),
+        "records": 36,
+        "left_out": 0,
+        "examples": 36,
+        "tokens": sum(len(row["labels"]) for row in rows),
+        "label_tokens": sum(int((row["labels"] != -100).sum()) for row in rows),
+    }
+    assert record["arguments"]["learning_rate"] == 1e-3 and record["arguments"]["warmup_steps"] == 0.1
+    assert record["versions"]["transformers"] == transformers.__version__
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    assert record["git"]["commit"] == head.strip() if head else record["git"] is None
+    assert record["resumed_from"] is None and record["processes"] == 1
+
+
+def test_a_tracker_that_is_not_installed_is_said_at_once(command, tmp_path):
+    process = forked.start(
+        forked.train, tmp_path / "log", *command, "--output_dir", tmp_path, "--report_to", "comet_ml"
+    )
+    process.join()
+    assert process.exitcode == 2 and "--report_to comet_ml needs the package" in (tmp_path / "log").read_text()
