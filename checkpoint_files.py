@@ -377,9 +377,9 @@ def shard_bytes(text: Any) -> int:
     return int(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ")
 
 
-def natural_order(name: str) -> list[Any]:
+def natural_order(name: str) -> tuple[str, str]:
     """Sorts layers.2 before layers.10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    return re.sub(r"\d+", lambda number: number[0].zfill(8), name), name
 
 
 class ShardWriter:
@@ -423,14 +423,22 @@ class ShardWriter:
         }
         self._handles: dict[str, int] = {}
 
-    def open(self, directory: Path) -> None:
-        """Create the files at full length (sparse), with their headers."""
-        for file, header in self.headers.items():
-            self._handles[file] = os.open(directory / file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-            os.ftruncate(self._handles[file], self.file_sizes[file])
-            self._write(file, memoryview(header), 0)
-        if len(self.headers) > 1:
-            utils.jdump(self.index, directory / "model.safetensors.index.json", indent=1)
+    @contextlib.contextmanager
+    def open(self, directory: Path) -> Iterator[None]:
+        """Create the files at full length (sparse) with their headers; when the block ends, they are on the disk."""
+        try:
+            for file, header in self.headers.items():
+                self._handles[file] = os.open(directory / file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+                os.ftruncate(self._handles[file], self.file_sizes[file])
+                self._write(file, memoryview(header), 0)
+            if len(self.headers) > 1:
+                utils.jdump(self.index, directory / "model.safetensors.index.json", indent=1)
+            yield
+            for handle in self._handles.values():
+                os.fsync(handle)
+        finally:
+            while self._handles:
+                os.close(self._handles.popitem()[1])
 
     def write(self, name: str, start: int, words: np.ndarray) -> None:
         """Put words at element `start` of a tensor; may be called from many threads."""
@@ -445,13 +453,6 @@ class ShardWriter:
     @property
     def total_bytes(self) -> int:
         return sum(self.file_sizes.values())
-
-    def close(self) -> None:
-        """Bring everything to the disk."""
-        while self._handles:
-            handle = self._handles.popitem()[1]
-            os.fsync(handle)
-            os.close(handle)
 
 
 def check_output(path: Any, flag: str, inputs: dict[str, Path], overwrite: bool) -> Path:

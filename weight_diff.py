@@ -332,10 +332,9 @@ def make_diff(
         with files.new_directory(output, writer.total_bytes) as staging:
             for path in files.carried_files(tuned.directory):
                 files.copy_file(path, staging)
-            writer.open(staging)
             jobs = [functools.partial(job, name, plan) for name, plan in plans.items()]
-            work.run("difference", jobs, sum(tuned.tensors[name].bytes for name in plans))
-            writer.close()
+            with writer.open(staging):
+                work.run("difference", jobs, sum(tuned.tensors[name].bytes for name in plans))
             write_manifest(staging, "diff", encoding, entries, writer)
     inexact = [e for e in entries.values() if e["tuned"]["recovered_sha256"] != e["tuned"]["sha256"]]
     if inexact:
@@ -424,11 +423,10 @@ def recover(
                     write_config(diff.config, dtype or "float32", staging)
                 elif not manifest or path.name in manifest["files"]:
                     files.copy_file(path, staging)
-            writer.open(staging)
             jobs = [functools.partial(job, name, plan) for name, plan in plans.items()]
             threads = THREADS if sums_of_2023 is None else 1  # torch's sum wants whole tensors: one at a time
-            work.run("recover", jobs, writer.total_bytes, threads)
-            writer.close()
+            with writer.open(staging):
+                work.run("recover", jobs, writer.total_bytes, threads)
             if sums_of_2023 is not None:
                 check_sum_of_2023(raw, diff, sums_of_2023)
             written = check_written(work, staging, plans, promised) if verify else {}
