@@ -542,6 +542,38 @@ def test_flipped_bits_in_old_formats_and_in_indexes_never_give_wrong_weights(pla
     flip_bits(place, small, 20, 3, "raw_sharded", "diff", must_refuse=False)
 
 
+def test_make_diff_refuses_damaged_bin_files(place):
+    """Before there are sums: torch's own CRC-32 of the weights."""
+    file = place / "raw_bin" / "pytorch_model-00002-of-00002.bin"
+    content = bytearray(file.read_bytes())
+    payload = bytes(load(place / "raw")["lm_head.weight"].view(torch.uint8).flatten().tolist())
+    content[bytes(content).index(payload) + 1000] ^= 4
+    file.write_bytes(content)
+    with pytest.raises(ExpectedError, match="damaged") as caught:
+        weight_diff.make_diff(str(place / "raw_bin"), str(place / "tuned"), str(place / "out"))
+    assert caught.value.exit_code == ExitCode.DATA and file.name in str(caught.value) and not (place / "out").exists()
+
+
+def test_verify_sees_any_flipped_bit_of_what_was_written(place):
+    recover(place / "raw", place / "diff", place / "out", max_shard_size="40KB")
+    generator = random.Random(4)
+    for _ in range(40):
+        file = generator.choice(sorted((place / "out").iterdir()) + sorted((place / "diff").iterdir()))
+        whole = file.read_bytes()
+        position = generator.randrange(8 * len(whole))
+        changed = bytearray(whole)
+        changed[position // 8] ^= 1 << position % 8
+        file.write_bytes(changed)
+        with pytest.raises(ExpectedError) as caught:
+            weight_diff.verify(file.parent)
+        assert caught.value.exit_code in REFUSED, (file, position)
+        file.write_bytes(whole)
+    weight_diff.verify(place / "out")
+    (place / "out" / "config.json").unlink()
+    with pytest.raises(ExpectedError, match=r"config\.json.*missing"):
+        weight_diff.verify(place / "out")
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(10, 15))
 def test_a_thousand_flipped_bits(place, seed):
