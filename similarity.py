@@ -39,5 +39,10 @@ def rouge_l(candidates: Sequence[str], pool: Sequence[str], workers: int = 1) ->
     with np.errstate(divide="ignore", invalid="ignore"):
         precision = lcs / pool_lengths
         recall = lcs / candidate_lengths
-        score = 2 * precision * recall / (precision + recall)
-    return np.where(lcs > 0, score, 0.0)
+        total = precision + recall
+        score = precision  # in place: fresh (M, N) arrays cost more than the arithmetic
+        score *= 2
+        score *= recall
+        score /= total
+    score[lcs == 0] = 0.0
+    return score

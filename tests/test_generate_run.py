@@ -18,7 +18,7 @@ import pytest
 
 from completions import judge, retry_after_seconds
 from generate_instruction import export, generate_instruction_following_data, replay
-from self_instruct import read_seed_tasks
+from self_instruct import encode_prompt, read_seed_tasks, sample_seed_tasks
 from tests.teacher_server import TeacherServer, answer_text, error, tasks_for
 from utils import ExitCode, ExpectedError
 
@@ -708,9 +708,11 @@ def faulty_run(tmp_path, requests):
     assert len(server.bodies) == requests
     kept = answers(tmp_path)
     assert len(kept) == server.answered.total() == len({record["request"] for record in kept})
-    assert max(server.answered.values()) == 1
-    texts = {answer_text(tasks_for(prompt, 1)) for prompt in server.answered}
-    assert {record["answer"] for record in kept} == texts
+    # In thousands of draws of three seed tasks some come twice, so prompts are counted, not only compared.
+    seeds = read_seed_tasks(str(ROOT / "seed_tasks.jsonl"), 3)
+    prompts = {r["request"]: encode_prompt(sample_seed_tasks(seeds, r["request"], 0, 3)) for r in kept}
+    assert collections.Counter(prompts.values()) == server.answered
+    assert all(record["answer"] == answer_text(tasks_for(prompts[record["request"]], 1)) for record in kept)
     faults = collections.Counter(record["fault"] for record in records(tmp_path) if "fault" in record)
     assert faults == server.faults and faults.total() > requests / 5
     assert len(kept) + faults.total() == requests
