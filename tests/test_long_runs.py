@@ -22,7 +22,7 @@ from dataset import DataCollatorForSupervisedDataset, SupervisedDataset
 from utils import ExpectedError, complete_tokenizer
 
 from . import forked
-from .conftest import ROOT, run
+from .conftest import ROOT
 
 STEPS = 14  # of 4 examples; 34 examples make 8.5 steps an epoch
 FLAGS = [
@@ -84,7 +84,7 @@ def assert_same_run(out, uninterrupted):
     def losses(directory):
         return [(e["step"], e["loss"], e["grad_norm"]) for e in log_history(directory) if "loss" in e]
 
-    assert losses(out) == losses(uninterrupted) and len(losses(out)) == STEPS
+    assert losses(out) == losses(uninterrupted) and len(losses(out)) == losses(out)[-1][0]
 
 
 def wait_for(condition, process, seconds=120):
@@ -202,7 +202,7 @@ def test_kills_during_the_final_save(command, uninterrupted, opt, tmp_path):
 @pytest.mark.soak
 @pytest.mark.timeout(1200)
 def test_many_kills(command, uninterrupted, opt, tmp_path):
-    show_kills(check_kills(50, command, uninterrupted, tmp_path / "saves", seed=0))
+    show_kills(check_kills(50, command, uninterrupted, tmp_path, seed=0))
     print(check_export_kills(25, command, uninterrupted, opt, tmp_path, random.Random(0)))
 
 
@@ -226,6 +226,30 @@ def test_sigterm_saves_exits_75_and_the_same_command_goes_on(command, uninterrup
     process.join()
     assert process.exitcode == 0 and f"going on from {out / saved}" in (tmp_path / "log").read_text()
     assert_same_run(out, uninterrupted)
+
+
+def test_sigterm_to_one_process_ends_all_of_them_in_good_order(command, tmp_path):
+    """A single process is told; all agree on the step, save it, and go on from it bitwise as without."""
+    flags = [*command, "--gradient_accumulation_steps", 1, "--max_steps", 8]
+
+    def run_ranks(name, out):
+        return forked.start_ranks(2, forked.train, tmp_path / name, *flags, "--output_dir", tmp_path / out)
+
+    straight = run_ranks("log-0", "straight")
+    ranks = run_ranks("log-1", "out")
+    wait_for(lambda: (tmp_path / "log-1").read_text().count("'loss'") >= 3, ranks[0])
+    ranks[1].terminate()
+    for rank in ranks:
+        rank.join(120)
+    said = (tmp_path / "log-1").read_text()
+    assert [rank.exitcode for rank in ranks] == [75, 75] and said.count("error: stopped by SIGTERM") == 1, said
+    assert not (tmp_path / "out" / "config.json").exists()
+    again = run_ranks("log-2", "out")
+    for rank in [*straight, *again]:
+        rank.join(120)
+    said = (tmp_path / "log-2").read_text()
+    assert [rank.exitcode for rank in again] == [0, 0] and "going on from" in said, said
+    assert_same_run(tmp_path / "out", tmp_path / "straight")
 
 
 def trainer_for(base, data, out, *flags):
@@ -282,14 +306,14 @@ def test_a_bad_loss_stops_the_job_and_names_its_examples(processes, base, data, 
     flags += ["--pad_token", "<unk>", "--max_steps", 20, "--save_steps", 1, "--logging_steps", 1]
     flags += ["--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 4 // processes]
     if processes == 1:
-        process = forked.start(forked.train, tmp_path / "log", *flags)
-        process.join()
-        code, said = process.exitcode, (tmp_path / "log").read_text()
+        ranks = [forked.start(forked.train, tmp_path / "log", *flags)]
     else:
-        result = run("train.py", *flags, processes=2)
-        code, said = result.returncode, result.stderr
-        assert "exitcode  : 7" in said
-    assert code == (7 if processes == 1 else 1), said
+        ranks = forked.start_ranks(2, forked.train, tmp_path / "log", *flags)
+    for rank in ranks:
+        rank.join(120)
+    said = (tmp_path / "log").read_text()
+    assert {rank.exitcode for rank in ranks} == {7}, said
+    assert said.count("error: ") == 1 and "Traceback" not in said
     step = int(
         re.search(r"error: step (\d+): the loss is not finite in the micro-batches of records 20 \(", said).group(1)
     )
@@ -355,6 +379,30 @@ def test_sigterm_ends_a_process_that_waits_for_a_dead_one(tmp_path):
     peer.kill()
     waiting.join(10)
     assert waiting.exitcode == 1 and "a process of this job was killed" in (tmp_path / "log").read_text()
+
+
+def test_sharded_saves_gather_on_the_cpu_of_the_first_rank_alone(base, data, tmp_path):
+    """On two ranks, the checkpoint's weights, its optimizer states, and the models of the checkpoint and the end."""
+    flags = ["--model_name_or_path", base, "--data_path", data, "--output_dir", tmp_path / "out", "--max_steps", 1]
+    flags += ["--fsdp", "full_shard auto_wrap", "--per_device_train_batch_size", 1]
+    ranks = forked.start_ranks(2, forked.train_sharded, tmp_path / "log", tmp_path / "gathered", *flags)
+    for rank in ranks:
+        rank.join(240)
+    assert [rank.exitcode for rank in ranks] == [0, 0], (tmp_path / "log").read_text()
+    model = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
+    elements = sum(tensor.numel() for tensor in model.values())
+    for rank in (0, 1):
+        lines = [json.loads(line) for line in (tmp_path / f"gathered-{rank}").read_text().splitlines()]
+        calls = [line["call"] for line in lines]
+        assert calls.count("get_model_state_dict") == 3 and calls.count("get_optimizer_state_dict") == 1
+        for line in lines:
+            assert line["options"] == {"full_state_dict": True, "cpu_offload": True} and line["on_cpu"]
+            states = 2 if line["call"] == "get_optimizer_state_dict" else 1
+            assert (line["elements"] >= states * elements) == (rank == 0), line
+            assert line["elements"] == 0 or rank == 0
+    manifest = checkpoints.verify(tmp_path / "out" / "checkpoint-1")
+    assert {"pytorch_model_fsdp.bin", "optimizer.bin", "rng_state_1.pth"} <= set(manifest["files"])
+    assert manifest["sharding"] == "fsdp"
 
 
 def test_too_little_space_is_said_before_the_first_step(command, tmp_path):
