@@ -92,6 +92,7 @@ def main() -> None:
             sets.append((args.compare, load_examples(args.compare)))
     seeds = load_tasks(args.seed_tasks_path, "--seed_tasks_path")
     tasks = load_tasks(args.against, "--against") if args.against else None
+    parser = verb_noun.load_parser(args.parser)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
 
     lengths = [measure_lengths(examples, tokenizer) for _, examples in sets]
@@ -99,7 +100,7 @@ def main() -> None:
     reports = []
     names = short_names([path for path, _ in sets])
     for name, (path, examples), measured in zip(names, sets, lengths, strict=True):
-        pairs, parser = verb_noun.root_verbs([example["instruction"] for example in examples], args.parser)
+        pairs, found_by = verb_noun.root_verbs([example["instruction"] for example in examples], parser)
         report = {
             "name": name,
             "data_path": path,
@@ -112,7 +113,7 @@ def main() -> None:
             "near_duplicates": near_duplicates([example["instruction"] for example in examples]),
             "seeds": similarity_to_seeds(examples, seeds),
             "root_verbs": {
-                "parser": parser,
+                "parser": found_by,
                 "rows_with_verb": sum(bool(verb) for verb, _ in pairs),
                 "rows_with_object": sum(all(pair) for pair in pairs),
                 "top": verb_noun.sunburst_counts(pairs),

@@ -41,6 +41,7 @@ h1 { font-size: 1.7rem; margin-bottom: 0; } h2 { font-size: 1.25rem; margin: 2.5
 p { max-width: 48rem; } .faint, figcaption { color: var(--faint); font-size: .9rem; }
 table { border-collapse: collapse; margin: .5rem 0 1rem; display: block; overflow-x: auto; }
 th, td { text-align: left; padding: .25rem 1rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { white-space: nowrap; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 figure { display: inline-block; margin: .5rem 1rem .5rem 0; max-width: 100%; overflow-x: auto; }
 svg { max-width: 100%; height: auto; } .compare svg { min-width: 44rem; }
@@ -352,7 +353,7 @@ def _duplicate_lists(report: dict, examples: Sequence[dict]) -> str:
         lists.append(_list(title, report, found["count"], rows, ["row", "repeats row", "instruction"]))
     near = report["near_duplicates"]
     rows = [
-        [score, f"{a}, {b}", _excerpt(examples[a]["instruction"]), _excerpt(examples[b]["instruction"])]
+        [score, f"{a},\u00a0{b}", _excerpt(examples[a]["instruction"]), _excerpt(examples[b]["instruction"])]
         for score, a, b in near["most_similar"][:SHOWN]
     ]
     head = ["ROUGE-L F", "rows", "one instruction", "the other"]

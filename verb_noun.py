@@ -129,22 +129,23 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])[\"”)]*\s+|[:;\n]+\s*|\s+[–—-]+\s+|
 _TOKEN = re.compile(r"[^\W\d_][\w'’]*(?:[-/.][\w'’]+)*|\d[\w.,:%/-]*\w|\d|[^\w\s]")
 
 
-def root_verbs(instructions: Sequence[str], parser: str | None = None) -> tuple[list[Pair], str]:
-    """(verb, object) of each instruction, and what found them in words.
-
-    `parser` is an installed spaCy model's name or directory, or "rule"; None takes en_core_web_sm where it is
-    installed and the rule elsewhere. Raises ExpectedError (exit 2) if a model that was asked for can't be loaded.
-    """
-    model = None if parser == RULE else load_parser(parser)
-    if model is None:
+def root_verbs(instructions: Sequence[str], parser: Any | None) -> tuple[list[Pair], str]:
+    """(verb, object) of each instruction, and what found them in words. `parser` is what `load_parser` returned."""
+    if parser is None:
         return [by_rule(text) for text in instructions], f"the rule of verb_noun.py, {RULE_ACCURACY}"
-    documents = tqdm(model.pipe(instructions), "parse", len(instructions), unit=" rows", disable=None, leave=False)
-    name = f"{model.meta['lang']}_{model.meta['name']} {model.meta['version']}"
+    documents = tqdm(parser.pipe(instructions), "parse", len(instructions), unit=" rows", disable=None, leave=False)
+    name = f"{parser.meta['lang']}_{parser.meta['name']} {parser.meta['version']}"
     return [from_parse(document) for document in documents], f"spaCy with {name}"
 
 
-def load_parser(name: str | None) -> Any:
-    """A spaCy pipeline, or None if none was asked for and the default one is not installed."""
+def load_parser(name: str | None) -> Any | None:
+    """The spaCy pipeline of that name or directory; None, which stands for the rule, for "rule".
+
+    Without a name, en_core_web_sm where it is installed and the rule elsewhere. Raises ExpectedError (exit 2) if a
+    pipeline that was asked for can't be loaded.
+    """
+    if name == RULE:
+        return None
     try:
         import spacy
 

@@ -110,15 +110,16 @@ def spacy_model(tmp_path_factory):
 
 def test_a_spacy_model_is_used_and_named(spacy_model):
     texts = ["Wrote short poems .", "Describe the cities .", "What is love ?", "Ask her today ."]
-    pairs, used = verb_noun.root_verbs(texts, str(spacy_model))
+    pairs, used = verb_noun.root_verbs(texts, verb_noun.load_parser(str(spacy_model)))
     assert pairs == [("write", "poem"), ("describe", "city"), ("", ""), ("ask", "")]
     assert used.startswith("spaCy with en_pipeline")
 
 
 def test_the_rule_serves_only_where_no_model_was_asked_for(tmp_path):
-    assert verb_noun.root_verbs(["Write a poem."], "rule")[0] == [("write", "poem")]
+    assert verb_noun.load_parser("rule") is None
+    assert verb_noun.root_verbs(["Write a poem."], None)[0] == [("write", "poem")]
     with pytest.raises(ExpectedError, match=r"--parser .*no_model.* can't be loaded") as caught:
-        verb_noun.root_verbs(["Write a poem."], str(tmp_path / "no_model"))
+        verb_noun.load_parser(str(tmp_path / "no_model"))
     assert caught.value.exit_code == ExitCode.USAGE
 
 
