@@ -651,8 +651,12 @@ def kill_and_resume(tmp_path, kills, expected, target):
         logged: dict[int, str] = {}
         while done < kills:
             process = start(server, tmp_path, "--concurrency", "4", target=target)
-            # From the first moments of the interpreter to the middle of the run.
-            time.sleep(rng.choice([rng.uniform(0, 1.0), rng.uniform(0.5, 2.0)]))
+            if rng.random() < 0.25:  # while the interpreter starts, or the log is read
+                time.sleep(rng.uniform(0, 1.5))
+            else:  # with requests in flight, answers being written, regen.json being written
+                asked = len(server.bodies) + rng.randint(1, 8)
+                wait_for(lambda n=asked, p=process: len(server.bodies) >= n or p.poll() is not None)
+                time.sleep(rng.uniform(0, 0.08))
             if process.poll() is not None:
                 assert process.returncode == 0, process.communicate()
                 (tmp_path / "requests.jsonl").unlink()  # done before it could be killed: again from the start
