@@ -28,11 +28,12 @@ _TOKENIZER_BATCH = 2000  # examples; enough to keep all cores busy, few enough f
 _VAL_SEED = 42  # fixed apart from --seed: runs with different seeds hold out the same examples
 
 
-def load_examples(data_path: str) -> list[dict[str, str]]:
+def load_examples(data_path: str, need_output: bool = True) -> list[dict[str, str]]:
     """Read a .json or .jsonl file, or the "train" split of a Hub data set; returns checked examples.
 
     Every example returned has exactly the keys instruction, input and output, all strings ("" for a missing or null
-    input). Raises ExpectedError (exit 3) with the first five faults and their number.
+    input, and without `need_output` for such an output). Raises ExpectedError (exit 3) with the first five faults and
+    their number.
     """
     if os.path.isfile(data_path):
         records = _read_json_lines(data_path) if data_path.endswith(".jsonl") else _read_json(data_path)
@@ -44,7 +45,8 @@ def load_examples(data_path: str) -> list[dict[str, str]]:
             f"--data_path {data_path} {what}; give a .json or .jsonl file, or a Hub data set such as tatsu-lab/alpaca",
             ExitCode.DATA,
         )
-    faults = [(index, fault) for index, record in enumerate(records) if (fault := _fault(record))]
+    optional = ("input",) if need_output else ("input", "output")
+    faults = [(index, fault) for index, record in enumerate(records) if (fault := _fault(record, optional))]
     if faults:
         shown = "; ".join(f"record {index}: {fault}" for index, fault in faults[:5])
         more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
@@ -55,7 +57,7 @@ def load_examples(data_path: str) -> list[dict[str, str]]:
         )
     if not records:
         raise ExpectedError(f"{data_path} holds no examples; add some or choose another file", ExitCode.DATA)
-    return [{"instruction": r["instruction"], "input": r.get("input") or "", "output": r["output"]} for r in records]
+    return [{key: r.get(key) or "" for key in ("instruction", "input", "output")} for r in records]
 
 
 def _read_text(path: str) -> str:
@@ -121,13 +123,13 @@ def _json_type(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-def _fault(record: Any) -> str | None:
-    """What makes a record unusable, in words, or None."""
+def _fault(record: Any, optional: Sequence[str]) -> str | None:
+    """What makes a record unusable, in words, or None. The `optional` keys may be missing or null."""
     if not isinstance(record, dict):
         return f"{_json_type(record)}, not an object"
     for key in ("instruction", "output", "input"):
         value = record.get(key)
-        if key == "input" and value is None:
+        if key in optional and value is None:
             continue
         if key not in record:
             return f'no "{key}"'
