@@ -21,12 +21,21 @@ demo: .venv/installed
 	torchrun --standalone --nproc_per_node=2 train.py --model_name_or_path demo/base --data_path alpaca_data.json \
 	    --output_dir demo/tuned --num_train_epochs 1 --per_device_train_batch_size 4 --gradient_accumulation_steps 4 \
 	    --learning_rate 1e-3 --warmup_ratio 0.03 --lr_scheduler_type cosine --logging_steps 5 --save_strategy no
+	python inference.py --model_name_or_path demo/tuned --instruction "Name three things to take on a walk." --max_new_tokens 40
 
 test: .venv/installed-dev
 	python -m pytest -m "not soak"
 
 soak: .venv/installed-dev
 	python -m pytest -m soak
+
+# Each ends in a line of JSON; benchmarks/README.md has results. Hours of CPU where marked.
+bench: .venv/installed-dev
+	python benchmarks/bench_tokenize.py
+	python benchmarks/bench_train.py
+	python benchmarks/bench_growth.py
+	python benchmarks/bench_weight_diff.py
+	python benchmarks/bench_dedup.py
 
 lint: .venv/installed-dev
 	ruff check .
