@@ -87,14 +87,14 @@ def assert_same_run(out, uninterrupted):
     assert losses(out) == losses(uninterrupted) and len(losses(out)) == losses(out)[-1][0]
 
 
-def wait_for(condition, process, seconds=600):
+def wait_for(condition, process, seconds=600, pause=0.002):
     """Wait until condition() holds (True) or the process ends (False)."""
     deadline = time.monotonic() + seconds
     while not condition():
         if not process.is_alive():
             return False
         assert time.monotonic() < deadline, "nothing happened"
-        time.sleep(0.001)
+        time.sleep(pause)
     return True
 
 
@@ -175,9 +175,13 @@ def check_export_kills(kills, command, uninterrupted, opt, directory, rng):
         shutil.copytree(uninterrupted / f"checkpoint-{STEPS}", out / f"checkpoint-{STEPS}")
         shutil.copytree(opt, out, dirs_exist_ok=True)
         process = forked.start(forked.train, directory / "log", *command, "--output_dir", out)
-        if not wait_for((out / checkpoints.STAGED).exists, process):
-            raise AssertionError((directory / "log").read_text())
-        time.sleep(rng.uniform(0, 0.08))
+        staged = out / checkpoints.STAGED
+        # Every third kill falls into the writing of the new model, the others into its taking the old one's place.
+        sign, longest = (staged, 0.2) if kills % 3 == 0 else (staged / checkpoints.MANIFEST, 0.008)
+        if not wait_for(sign.exists, process, pause=0.0002):
+            assert process.exitcode == 0, (directory / "log").read_text()
+            continue  # too quick to be seen
+        time.sleep(rng.uniform(0, longest))
         process.kill()
         process.join()
         kills -= 1
