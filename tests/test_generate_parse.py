@@ -237,7 +237,8 @@ def test_a_megabyte_of_garbage_is_parsed_within_a_second(finish_reason):
     for text in garbage:
         start = time.process_time()
         parse_response(3, {"text": text, "finish_reason": finish_reason})
-        assert time.process_time() - start < 1.0, text[:40]
+        # A tenth of a second on an idle machine; parsing in quadratic time would take minutes.
+        assert time.process_time() - start < 10.0, text[:40]
 
 
 def test_seed_tasks_are_checked(tmp_path):

