@@ -37,6 +37,18 @@ class ModelArguments:
         default=None,
         metadata={"help": "Pad with this existing token (such as '<unk>') where [PAD] would have been added."},
     )
+    lora_r: int = field(
+        default=0, metadata={"help": "Train LoRA adapters of this rank, the model frozen; 0: all of it."}
+    )
+    lora_alpha: float = field(default=16, metadata={"help": "Adapters are scaled by lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on what goes into the adapters; 0: none."})
+    lora_target_modules: str = field(
+        default="all-linear",
+        metadata={"help": "Which layers to adapt: names such as q_proj,v_proj, or all-linear (all but the output's)."},
+    )
+    lora_merge: bool = field(
+        default=False, metadata={"help": "Save the whole model too, adapters added in, in the directory merged."}
+    )
 
 
 @dataclass
@@ -86,6 +98,15 @@ class TrainingArguments(transformers.TrainingArguments):
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Keep a NaN loss out of the log. Here it stops the run."}
     )
+    estimate_memory: bool = field(
+        default=False, metadata={"help": "Print what the run needs of each GPU's memory, from the config alone; exit."}
+    )
+    estimate_gpus: int | None = field(
+        default=None, metadata={"help": "Estimate for this many GPUs instead of the processes that are running."}
+    )
+    estimate_gib: float | None = field(
+        default=None, metadata={"help": "Compare the estimate with a GPU of this many GiB instead of the one present."}
+    )
 
     # Spellings of 2023 that the library no longer knows. None: not given.
     evaluation_strategy: str | None = field(default=None, metadata={"help": "2023 spelling of --eval_strategy."})
@@ -113,6 +134,7 @@ class TrainingArguments(transformers.TrainingArguments):
         map_old_spellings(self)
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()
+        self.half_precision = self.bf16 or self.fp16  # as asked for, with or without a GPU
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         if self.use_cpu or accelerator is None:
             self._train_on_cpu()
@@ -121,6 +143,9 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every parameter of a causal language model is used
         self._read_fsdp()
+        if self.estimate_memory:  # nothing is started, so the flags need neither a launcher nor the packages
+            self.zero_config = read_json_flag("deepspeed", self.deepspeed) if self.deepspeed else None
+            self.fsdp = self.deepspeed = None
         self._read_deepspeed()
         super().__post_init__()
         self._check_trackers()
@@ -140,7 +165,7 @@ class TrainingArguments(transformers.TrainingArguments):
             raise ExpectedError(f"--report_to {name} needs the package: pip install {name}", ExitCode.USAGE)
 
     def _train_on_cpu(self) -> None:
-        if not self.use_cpu:
+        if not self.use_cpu and not self.estimate_memory:
             changes = [f"--{name} does not apply" for name in ("tf32", "fp16") if getattr(self, name)]
             notice("; ".join(["no accelerator found, training on the CPU", *changes]))
         self.use_cpu = True
@@ -181,7 +206,7 @@ class TrainingArguments(transformers.TrainingArguments):
         config.setdefault("reshard_after_forward", "shard_grad_op" not in words)
         config.setdefault("cpu_offload", "offload" in words)
         self.fsdp, self.fsdp_config = True, config
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not self.estimate_memory:
             notice(
                 "--fsdp shards a model over processes and there is one, so nothing is sharded; "
                 "torchrun --nproc_per_node=N train.py … starts N"
@@ -300,10 +325,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[ModelArguments, 
         old_value, new_value = getattr(values, old), getattr(values, new)
         if {old, new} <= given and translate(old_value) != new_value:
             raise contradiction(old, old_value, new, new_value)
-    if values.data_path is None:
+    if values.data_path is None and not values.estimate_memory:
         fail("--data_path is needed: a .json or .jsonl file, or a Hub data set")
-    if values.output_dir is None and not values.show_batch:
+    if values.output_dir is None and not values.show_batch and not values.estimate_memory:
         fail("--output_dir is needed: where checkpoints and the tuned model go")
+    if values.lora_r < 0 or (values.lora_merge and not values.lora_r):
+        fail(f"--lora_r {values.lora_r}: LoRA needs a rank of at least 1, --lora_merge needs LoRA")
     try:
         return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     except (ValueError, ImportError) as error:  # the library's own checks of its flags

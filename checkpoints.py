@@ -30,6 +30,7 @@ from utils import ExitCode, ExpectedError, jdump, notice, sync_directory
 MANIFEST = "manifest.json"
 STAGED = ".model-being-saved"  # lies in the output directory, so that renaming moves files out of it
 OTHER_MODEL_FILES = re.compile(r"training_args\.bin|adapter_.*|weight_diff\.json")
+_CONFIGS = ("config.json", "adapter_config.json")  # without which a model, or an adapter, does not load
 GIB = 2**30
 _PIECE = 2**24  # bytes hashed at a time
 
@@ -214,8 +215,8 @@ def stage_model(output_dir: str | os.PathLike) -> str:
 def publish_model(output_dir: str | os.PathLike) -> None:
     """Put the staged model in the place of the one in the output directory.
 
-    All of the old model is removed before any of the new comes, and config.json, without which nothing loads, leaves
-    first and comes last but for the manifest. A kill leaves the old, the new, or something that does not load, with
+    All of the old model is removed before any of the new comes, and config.json (an adapter's adapter_config.json),
+    without which nothing loads, leaves first and comes last but for the manifest. A kill leaves the old, the new, or something that does not load, with
     the new one whole in the staging directory.
     """
     output_dir = Path(output_dir)
@@ -232,11 +233,11 @@ def publish_model(output_dir: str | os.PathLike) -> None:
     except ExpectedError:
         pass  # the old model, if any, was not saved by this script
     new = {path.name for path in staged.iterdir()}
-    for name in sorted(old | new, key=lambda name: (name != MANIFEST, name != "config.json", name)):
+    for name in sorted(old | new, key=lambda name: (name != MANIFEST, name not in _CONFIGS, name)):
         path = output_dir / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     sync_directory(output_dir)
-    for name in sorted(new, key=lambda name: (name == MANIFEST, name == "config.json", name)):
+    for name in sorted(new, key=lambda name: (name == MANIFEST, name in _CONFIGS, name)):
         if name == MANIFEST:
             sync_directory(output_dir)
         os.rename(staged / name, output_dir / name)

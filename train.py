@@ -9,6 +9,7 @@ The README has the full commands. `python train.py --help` lists every flag, the
 """
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ import transformers
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+import memory
 from arguments import (  # noqa: F401
     DataArguments,
     ModelArguments,
@@ -207,13 +210,67 @@ def load_model(model_args: ModelArguments, training_args: TrainingArguments) -> 
     return model
 
 
+def add_adapters(model: Any, model_args: ModelArguments) -> Any:
+    """LoRA (Hu et al., 2021): W x + lora_alpha / lora_r * B A x, where only A (r, in) and B (out, r) are trained.
+
+    Raises ExpectedError (exit 2) when the model has none of the layers that --lora_target_modules names.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    names = [name.strip() for name in model_args.lora_target_modules.split(",")]
+    config = LoraConfig(
+        r=model_args.lora_r,
+        lora_alpha=model_args.lora_alpha,
+        lora_dropout=model_args.lora_dropout,
+        target_modules="all-linear" if names == ["all-linear"] else names,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        model = get_peft_model(model, config)
+    except ValueError as error:
+        raise ExpectedError(f"--lora_target_modules {model_args.lora_target_modules}: {error}", ExitCode.USAGE)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    notice(f"LoRA trains {trained:,} parameters beside the model's {model.num_parameters() - trained:,}, which stay")
+    return model
+
+
+def merge_adapters(model_args: ModelArguments, training_args: TrainingArguments, tokenizer: Any) -> None:
+    """Save the model with the adapters added to its weights, as one that needs no peft, into output_dir/merged.
+
+    It is made from the files on disk, on the CPU: a sharded model need not fit into one GPU.
+    """
+    from peft import PeftModel
+
+    unset_hf_deepspeed_config()  # ZeRO-3 would shard what is loaded
+    directory = Path(training_args.output_dir, "merged")
+    model = load_model(model_args, training_args)
+    model = PeftModel.from_pretrained(model, training_args.output_dir).merge_and_unload()
+    staged = stage_model(directory)
+    model.save_pretrained(staged)
+    tokenizer.save_pretrained(staged)
+    publish_model(directory)
+
+
+def estimate_memory(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
+    config = from_pretrained(transformers.AutoConfig, model_args.model_name_or_path, cache_dir=training_args.cache_dir)
+    padding_free = data_args.padding_free and keeps_examples_apart(config)
+    plan = memory.read_plan(model_args, training_args, padding_free)
+    present = torch.cuda.get_device_properties(0).total_memory / memory.GIB if torch.cuda.is_available() else None
+    if training_args.process_index == 0:
+        shape = memory.read_shape(config, model_args.lora_target_modules)
+        print(memory.describe(shape, plan, training_args.estimate_gib or present))
+
+
 def train() -> None:
     model_args, data_args, training_args = parse_arguments()
     if training_args.disable_tqdm:
         transformers.utils.logging.disable_progress_bar()
+    if training_args.estimate_memory:
+        return estimate_memory(model_args, data_args, training_args)
 
     tokenizer = load_tokenizer(model_args, training_args)
-    num_new_tokens = complete_tokenizer(tokenizer, model_args.pad_token)
+    # With LoRA the embeddings are frozen: a new token's row would be in no file that is saved.
+    num_new_tokens = complete_tokenizer(tokenizer, model_args.pad_token, grow=not model_args.lora_r)
     data_module = make_supervised_data_module(tokenizer, data_args)
     if data_args.show_batch:
         if training_args.process_index == 0:
@@ -231,6 +288,8 @@ def train() -> None:
     model = load_model(model_args, training_args)
     resize_embeddings(model, tokenizer, num_new_tokens)
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    if model_args.lora_r:
+        model = add_adapters(model, model_args)
 
     trainer = AlpacaTrainer(
         model=model,
@@ -257,6 +316,10 @@ def train() -> None:
         metrics = {**trainer.evaluate(), "eval_samples": len(data_module["eval_dataset"])}
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics, combined=False)
+    if model_args.lora_r and training_args.process_index == 0:
+        shutil.rmtree(Path(training_args.output_dir, "merged"), ignore_errors=True)  # of adapters that are gone
+        if model_args.lora_merge:
+            merge_adapters(model_args, training_args, tokenizer)
 
 
 if __name__ == "__main__":

@@ -153,12 +153,16 @@ def jload(f: Any, mode: str = "r") -> Any:
 DEFAULT_SPECIAL_TOKENS = {"pad_token": "[PAD]", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
 
 
-def complete_tokenizer(tokenizer: Any, pad_token: str | None = None) -> int:
+def complete_tokenizer(tokenizer: Any, pad_token: str | None = None, grow: bool = True) -> int:
     """Give the tokenizer the special tokens that it lacks; returns how many entries its vocabulary gained.
 
-    `pad_token` names an existing token to pad with, which leaves the vocabulary as it is. Raises ExpectedError if
-    the vocabulary has no such token.
+    `pad_token` names an existing token to pad with, which leaves the vocabulary as it is; without `grow`, one that the
+    tokenizer has is chosen and nothing is added. Raises ExpectedError if the vocabulary has no such token.
     """
+    if not grow:
+        pad_token = pad_token or tokenizer.pad_token or tokenizer.unk_token or tokenizer.eos_token
+        if not (pad_token and tokenizer.eos_token):
+            raise ExpectedError("the tokenizer has no end-of-text token, and none can be added here", ExitCode.USAGE)
     if pad_token is not None:
         if pad_token not in tokenizer.get_vocab():
             raise ExpectedError(
@@ -167,6 +171,8 @@ def complete_tokenizer(tokenizer: Any, pad_token: str | None = None) -> int:
                 ExitCode.USAGE,
             )
         tokenizer.pad_token = pad_token
+    if not grow:
+        return 0
     missing = {name: token for name, token in DEFAULT_SPECIAL_TOKENS.items() if not getattr(tokenizer, name)}
     return tokenizer.add_special_tokens(missing)
 
