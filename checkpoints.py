@@ -216,8 +216,8 @@ def publish_model(output_dir: str | os.PathLike) -> None:
     """Put the staged model in the place of the one in the output directory.
 
     All of the old model is removed before any of the new comes, and config.json (an adapter's adapter_config.json),
-    without which nothing loads, leaves first and comes last but for the manifest. A kill leaves the old, the new, or something that does not load, with
-    the new one whole in the staging directory.
+    without which nothing loads, leaves first and comes last but for the manifest. A kill leaves the old, the new, or
+    something that does not load, with the new one whole in the staging directory.
     """
     output_dir = Path(output_dir)
     staged = output_dir / STAGED

@@ -3,8 +3,8 @@
     python train.py --model_name_or_path <llama-7b> --bf16 True --fsdp "full_shard auto_wrap" \
         --gradient_accumulation_steps 8 --estimate_memory True --estimate_gpus 4 --estimate_gib 80
 
-No weights are read or allocated. `estimate` is arithmetic over two records of plain numbers: the model's `Shape` and the
-run's `Plan`. What it leaves out is what a config does not tell: the CUDA context, libraries' workspaces and the
+No weights are read or allocated. `estimate` is arithmetic over two records of plain numbers: the model's `Shape` and
+the run's `Plan`. What it leaves out is what a config does not tell: the CUDA context, libraries' workspaces and the
 allocator's fragmentation, for which `HEADROOM` of the device is kept free.
 """
 
@@ -28,11 +28,11 @@ class Shape:
     layer_parameters: int  # of one repeated layer
     hidden: int
     attention: int  # width of the queries of all heads
-    key_value: int  # width of the keys
     intermediate: int
     vocabulary: int
     heads: int
     gated: bool  # the MLP multiplies two projections (LLaMA) or has one (OPT)
+    relu: bool  # whose output is all that its backward pass needs
     rms_norm: bool
     adapted: int = 0  # inputs + outputs of all linear layers that LoRA adapts
 
@@ -68,19 +68,19 @@ def activation_bytes(shape: Shape, plan: Plan) -> tuple[int, int, int]:
     """
     tokens, c, h = plan.batch_size * plan.length, plan.compute_bytes, shape.hidden
     # Autocast keeps the stream between layers in the weights' type; FSDP and DeepSpeed cast the weights themselves.
-    s = plan.weight_bytes if plan.engine == "none" or plan.lora_r else c
+    s = plan.weight_bytes if plan.engine == "none" else c
     cast = s != c  # then each of the five inputs of q, k, v, gate and up is a copy of its own
-    norm = (4 + s if shape.rms_norm else s) * h
+    norm = (4 if shape.rms_norm else s) * h + (s * h if shape.rms_norm and not plan.lora_r else 0)
     inputs = (5 if shape.gated else 4) * c * h if cast else 2 * c * h
-    attention = c * (2 * shape.attention + 2 * shape.key_value)
-    mlp = c * shape.intermediate * (4 if shape.gated else 2)
-    adapters = c * (6 * h + shape.intermediate) if plan.lora_r else 0  # each adapter keeps its own input
+    attention = c * 4 * shape.attention  # keys and values are repeated for all heads
+    mlp = c * shape.intermediate * (4 if shape.gated else 1 if shape.relu else 2)
+    # Each adapter keeps its own copy of its input and a byte of dropout mask for each feature.
+    adapters = 4 * c * h + 6 * h + shape.intermediate if plan.lora_r else 0
     rows, length = (1, tokens) if plan.padding_free else (plan.batch_size, plan.length)
-    pairs = rows * length**2  # of tokens: the mask, and with eager attention every head's scores
-    scores = pairs * shape.heads * (4 + c) if plan.eager else pairs * c
+    pairs = rows * length**2  # of tokens: the mask, and with eager attention every head's probabilities
+    scores = pairs * shape.heads * (4 + (c if c < 4 else 0)) if plan.eager else pairs * c
     layer = tokens * (2 * norm + inputs + attention + mlp + adapters) + scores
-    # Logits, their float32 copy and its log-softmax; on the way back the gradients take the places of the first two.
-    loss = tokens * shape.vocabulary * (8 + (c if c < 4 else 0))
+    loss = tokens * shape.vocabulary * 12  # float32 log-softmax of the logits, its gradient, and the logits' gradient
     return layer, tokens * h * s, loss
 
 
@@ -138,13 +138,15 @@ def estimate(shape: Shape, plan: Plan) -> dict[str, float]:
     return {name: size / GIB for name, size in {**parts, "total": sum(parts.values()), "host": host}.items()}
 
 
-def remedies(plan: Plan) -> list[tuple[str, Plan]]:
-    """What to change, in order of what it costs in speed or fidelity; each on top of those before it."""
+def remedies(shape: Shape, plan: Plan) -> list[tuple[str, Plan]]:
+    """What helps, in order of what it costs in speed or fidelity; each on top of those before it."""
     steps = []
 
     def turn(flag, condition=True, **changes):
-        if condition:
-            steps.append((flag, replace(steps[-1][1] if steps else plan, **changes)))
+        last = steps[-1][1] if steps else plan
+        changed = replace(last, **changes)
+        if condition and estimate(shape, changed)["total"] < estimate(shape, last)["total"]:
+            steps.append((flag, changed))
 
     fsdp = {"engine": "fsdp", "sharded": "weights"}
     sync = '--accelerator_config \'{"gradient_accumulation_kwargs": {"sync_each_batch": true}}\''
@@ -165,6 +167,8 @@ def remedies(plan: Plan) -> list[tuple[str, Plan]]:
             sharded="weights",
             **offload,
         )
+    last = steps[-1][1] if steps else plan
+    turn(sync, last.engine == "fsdp" and last.accumulation > 1 and not last.sync_each_batch, sync_each_batch=True)
     turn("--lora_r 16", not plan.lora_r, lora_r=16)
     turn("--dtype bfloat16", plan.weight_bytes > 2, weight_bytes=2)
     return steps
@@ -193,11 +197,11 @@ def read_shape(config: transformers.PretrainedConfig, target_modules: str) -> Sh
         layer_parameters=sum(parameter.numel() for parameter in layers.parameters()) // len(layers),
         hidden=text.hidden_size,
         attention=head * text.num_attention_heads,
-        key_value=head * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads),
         intermediate=getattr(text, "intermediate_size", None) or getattr(text, "ffn_dim", None) or 4 * text.hidden_size,
         vocabulary=text.vocab_size,
         heads=text.num_attention_heads,
         gated=any(name.endswith(("gate_proj", "gate_up_proj")) for name, _ in model.named_modules()),
+        relu="relu" in (getattr(text, "activation_function", None), getattr(text, "hidden_act", None)),
         rms_norm=any("RMSNorm" in type(module).__name__ for module in model.modules()),
         adapted=adapted,
     )
@@ -205,6 +209,8 @@ def read_shape(config: transformers.PretrainedConfig, target_modules: str) -> Sh
 
 def read_plan(model_args: Any, args: Any, padding_free: bool) -> Plan:
     """The flags of train.py, as its argument classes hold them, in numbers."""
+    # Called activation_checkpointing since transformers 5.23, where the older name is an alias.
+    recomputes = args.gradient_checkpointing or getattr(args, "activation_checkpointing", False)
     plan = Plan(
         gpus=args.estimate_gpus or args.world_size,
         weight_bytes=4 if model_args.dtype == "float32" else 2,
@@ -215,7 +221,7 @@ def read_plan(model_args: Any, args: Any, padding_free: bool) -> Plan:
         accumulation=args.gradient_accumulation_steps,
         sync_each_batch=bool((args.accelerator_config.gradient_accumulation_kwargs or {}).get("sync_each_batch")),
         padding_free=padding_free,
-        checkpointing=bool(args.gradient_checkpointing or (args.fsdp_config or {}).get("activation_checkpointing")),
+        checkpointing=bool(recomputes or (args.fsdp_config or {}).get("activation_checkpointing")),
         lora_r=model_args.lora_r,
     )
     if args.fsdp_config is not None:
@@ -252,7 +258,7 @@ def describe(shape: Shape, plan: Plan, device_gib: float | None) -> str:
     ]
     if parts["host"]:
         lines.append(
-            f"  and of the machine's own memory {parts['host']:.2f} for each GPU, {parts['host'] * plan.gpus:.2f} in all"
+            f"  and {parts['host']:.2f} of the machine's memory for each GPU, {parts['host'] * plan.gpus:.2f} in all"
         )
     lines.append("")
     if device_gib is None:
@@ -264,7 +270,7 @@ def describe(shape: Shape, plan: Plan, device_gib: float | None) -> str:
         lines.append(f"Fits in {room}: {usable - parts['total']:.1f} GiB to spare.")
         return "\n".join(lines)
     lines.append(f"Does not fit in {room}: {parts['total'] - usable:.1f} GiB too many. Turn next, one after the other:")
-    for flag, changed in remedies(plan):
+    for flag, changed in remedies(shape, plan):
         total = estimate(shape, changed)["total"]
         lines.append(f"  {flag}  ->  {total:.2f} GiB" + (", which fits" if total <= usable else ""))
         if total <= usable:

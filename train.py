@@ -21,7 +21,7 @@ from transformers import ProgressCallback, Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import memory
-from arguments import (  # noqa: F401
+from arguments import (
     DataArguments,
     ModelArguments,
     TrainingArguments,
@@ -210,7 +210,7 @@ def load_model(model_args: ModelArguments, training_args: TrainingArguments) -> 
     return model
 
 
-def add_adapters(model: Any, model_args: ModelArguments) -> Any:
+def add_adapters(model: Any, model_args: ModelArguments, seed: int) -> Any:
     """LoRA (Hu et al., 2021): W x + lora_alpha / lora_r * B A x, where only A (r, in) and B (out, r) are trained.
 
     Raises ExpectedError (exit 2) when the model has none of the layers that --lora_target_modules names.
@@ -225,6 +225,7 @@ def add_adapters(model: Any, model_args: ModelArguments) -> Any:
         target_modules="all-linear" if names == ["all-linear"] else names,
         task_type="CAUSAL_LM",
     )
+    transformers.set_seed(seed)  # A starts random, and on every process the same
     try:
         model = get_peft_model(model, config)
     except ValueError as error:
@@ -289,7 +290,7 @@ def train() -> None:
     resize_embeddings(model, tokenizer, num_new_tokens)
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     if model_args.lora_r:
-        model = add_adapters(model, model_args)
+        model = add_adapters(model, model_args, training_args.seed)
 
     trainer = AlpacaTrainer(
         model=model,
