@@ -95,14 +95,15 @@ def test_every_example_has_its_padded_loss_and_gradients(attention, use_cache, e
     rows = [examples[i] for i in range(4)]
     flat, padded = DataCollatorWithoutPadding()(rows), DataCollatorForSupervisedDataset(tokenizer)(rows)
     assert flat["input_ids"].shape == (1, sum(len(row["labels"]) for row in rows))
+    tolerance = 1e-9 if attention == "sdpa" else 1e-5  # eager attention takes its softmax in float32
     start = 0
     for number, row in enumerate(rows):
         stop = start + len(row["labels"])
         loss, gradients = loss_and_gradients(model, flat, start, stop)
         expected_loss, expected_gradients = loss_and_gradients(model, padded, row=number)
-        assert loss == pytest.approx(expected_loss, rel=1e-12) and loss > 0
+        assert loss == pytest.approx(expected_loss, rel=tolerance) and loss > 0
         for gradient, expected in zip(gradients, expected_gradients, strict=True):
-            assert torch.allclose(gradient, expected, rtol=1e-7, atol=1e-9 * expected.abs().max().item())
+            assert torch.allclose(gradient, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
         start = stop
 
 
