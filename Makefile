@@ -29,11 +29,9 @@ test: .venv/installed-dev
 soak: .venv/installed-dev
 	python -m pytest -m soak
 
-# Each ends in a line of JSON; benchmarks/README.md has results. Hours of CPU where marked.
+# Each ends in a line of JSON; benchmarks/README.md has results.
 bench: .venv/installed-dev
 	python benchmarks/bench_tokenize.py
-	python benchmarks/bench_train.py
-	python benchmarks/bench_growth.py
 	python benchmarks/bench_weight_diff.py
 	python benchmarks/bench_dedup.py
 
