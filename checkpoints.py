@@ -9,13 +9,16 @@ a directory without one, or one whose files differ from it, is not used. The has
 find damage; they are no signature.
 """
 
+import contextlib
 import json
 import os
 import platform
 import re
 import shutil
 import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
@@ -25,7 +28,7 @@ import xxhash
 from tqdm import tqdm
 
 from checkpoint_files import CARRIED_FILES, WEIGHT_FILES, sha256_of_file
-from utils import ExitCode, ExpectedError, jdump, notice, sync_directory
+from utils import ExitCode, ExpectedError, disk_problem, jdump, notice, sync_directory
 
 MANIFEST = "manifest.json"
 STAGED = ".model-being-saved"  # lies in the output directory, so that renaming moves files out of it
@@ -33,6 +36,25 @@ OTHER_MODEL_FILES = re.compile(r"training_args\.bin|adapter_.*|weight_diff\.json
 _CONFIGS = ("config.json", "adapter_config.json")  # without which a model, or an adapter, does not load
 GIB = 2**30
 _PIECE = 2**24  # bytes hashed at a time
+
+
+@contextlib.contextmanager
+def writing(directory: str | os.PathLike) -> Iterator[None]:
+    """Save into `directory`; when the disk refuses, remove what is there of it and raise ExpectedError (exit 8)."""
+    try:
+        yield
+    except Exception as error:  # safetensors, tokenizers and torch raise errors of their own
+        if not (problem := disk_problem(error)):
+            raise
+        shutil.rmtree(directory, ignore_errors=True)
+        full = ExpectedError(
+            f"{problem}: {directory}. What was saved before is whole: free some space, and "
+            "--resume_from_checkpoint last goes on from there",
+            ExitCode.DISK,
+        )
+        if os.environ.get("LOCAL_RANK", "0") != "0":  # the process that speaks for the others need not know of it
+            print(f"error: {full}", file=sys.stderr, flush=True)
+        raise full
 
 
 def write_manifest(directory: str | os.PathLike, **facts: Any) -> None:
@@ -221,7 +243,8 @@ def publish_model(output_dir: str | os.PathLike) -> None:
     """
     output_dir = Path(output_dir)
     staged = output_dir / STAGED
-    write_manifest(staged)
+    with writing(staged):
+        write_manifest(staged)
     old = {
         path.name
         for path in output_dir.iterdir()

@@ -29,7 +29,15 @@ from arguments import (
     parse_arguments,
 )
 from callbacks import ProgressBar, ShardingCheck, SpaceCheck, StepWatch
-from checkpoints import find_checkpoint, finish_checkpoint, publish_model, record_run, remove_checkpoint, stage_model
+from checkpoints import (
+    find_checkpoint,
+    finish_checkpoint,
+    publish_model,
+    record_run,
+    remove_checkpoint,
+    stage_model,
+    writing,
+)
 from dataset import (  # noqa: F401  the 2023 names that people import from here
     IGNORE_INDEX,
     BalancedBatchSampler,
@@ -125,18 +133,19 @@ class AlpacaTrainer(Trainer):
             remove_checkpoint(directory)  # of an earlier, interrupted try
         self.accelerator.wait_for_everyone()
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # old ones stay until this one is whole
-        super()._save_checkpoint(model, trial)
-        self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()  # the ranks write their own files
-        if self.args.should_save:
-            finish_checkpoint(
-                directory,
-                limit,
-                self.state.best_model_checkpoint,
-                sharding=self.args.sharding,
-                processes=self.args.world_size,
-                has_optimizer=not self.args.save_only_model,
-            )
+        with writing(directory):
+            super()._save_checkpoint(model, trial)
+            self.args.save_total_limit = limit
+            self.accelerator.wait_for_everyone()  # the ranks write their own files
+            if self.args.should_save:
+                finish_checkpoint(
+                    directory,
+                    limit,
+                    self.state.best_model_checkpoint,
+                    sharding=self.args.sharding,
+                    processes=self.args.world_size,
+                    has_optimizer=not self.args.save_only_model,
+                )
         self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir=None, _internal_call=False):
@@ -144,7 +153,8 @@ class AlpacaTrainer(Trainer):
         if output_dir is not None:
             return super().save_model(output_dir, _internal_call)
         staged = once_for_all_ranks(lambda: stage_model(self.args.output_dir))
-        super().save_model(staged, _internal_call=True)
+        with writing(staged):
+            super().save_model(staged, _internal_call=True)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             publish_model(self.args.output_dir)
@@ -247,8 +257,9 @@ def merge_adapters(model_args: ModelArguments, training_args: TrainingArguments,
     model = load_model(model_args, training_args)
     model = PeftModel.from_pretrained(model, training_args.output_dir).merge_and_unload()
     staged = stage_model(directory)
-    model.save_pretrained(staged)
-    tokenizer.save_pretrained(staged)
+    with writing(staged):
+        model.save_pretrained(staged)
+        tokenizer.save_pretrained(staged)
     publish_model(directory)
 
 

@@ -10,6 +10,7 @@ import errno
 import io
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -66,6 +67,24 @@ def notice(message: str) -> None:
         print(f"notice: {message}", file=sys.stderr, flush=True)
 
 
+def disk_problem(error: BaseException | None) -> str | None:
+    """What the system said when a disk was full or unwritable; None for every other error.
+
+    Libraries written in Rust hand the system's error number on as text. torch.save hands nothing on: its files end in
+    this one message whatever the reason.
+    """
+    while error is not None:
+        number = error.errno if isinstance(error, OSError) else None
+        if found := re.search(r"\(os error (\d+)\)", str(error)):
+            number = int(found.group(1))
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+            return os.strerror(number)
+        if "iostream error" in str(error):
+            return "a file can't be written in full"
+        error = error.__context__
+    return None
+
+
 def run_main(main: Callable[[], Any]) -> None:
     """Run a script's `main`; an expected failure ends in one `error: …` line on standard error and its exit code.
 
@@ -79,9 +98,9 @@ def run_main(main: Callable[[], Any]) -> None:
     except KeyboardInterrupt:
         message, exit_code = "interrupted", ExitCode.INTERRUPTED
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+        if not (problem := disk_problem(error)):
             raise
-        message = f"{error.strerror}: {error.filename or 'output'}; free some space or choose another directory"
+        message = f"{problem}: {error.filename or 'output'}; free some space or choose another directory"
         exit_code = ExitCode.DISK
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr, flush=True)

@@ -51,6 +51,20 @@ def train(*flags):
     run_main(train.train)
 
 
+def train_until_full(limit, *flags):
+    """train.py on a disk that takes one more checkpoint, and from then on no file above `limit` bytes."""
+    import resource
+
+    import train as script
+
+    def finish_and_fill(*arguments, **named):
+        finish_checkpoint(*arguments, **named)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    finish_checkpoint, script.finish_checkpoint = script.finish_checkpoint, finish_and_fill
+    train(*flags)
+
+
 def train_sharded(report, *flags):
     """train.py under FSDP2; what each rank gathers for a save is written to `report`-RANK, a JSON line a call."""
     import json

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -416,6 +417,41 @@ def test_too_little_space_is_said_before_the_first_step(command, tmp_path):
     said = (tmp_path / "log").read_text()
     assert process.exitcode == 8 and "GiB free, and this run will need about" in said and "'loss'" not in said
     assert not checkpoints.checkpoints_in(tmp_path / "out")
+
+
+def test_a_full_disk_ends_in_one_line_and_costs_one_save(command, uninterrupted, opt, tmp_path):
+    """A limit on file size stands for the disk: the write that crosses it fails half done."""
+    out = tmp_path / "out"
+
+    def run_until_full(log, process):
+        process.join()
+        said = log.read_text()
+        assert process.exitcode == 8 and said.count("error: ") == 1 and "Traceback" not in said, said
+        assert "What was saved before is whole: free some space" in said
+        return said
+
+    # Model and optimizer states of a checkpoint are files of 1.1 and 2.2 MB.
+    for step, limit in ((1, 500_000), (2, 1_500_000)):
+        log = tmp_path / f"log-{step}"
+        process = forked.start(forked.train_until_full, log, limit, *command, "--output_dir", out)
+        assert f"{out}/checkpoint-{step + 1}." in run_until_full(log, process)
+        assert [path.name for path in checkpoints.checkpoints_in(out)] == [f"checkpoint-{step}"]
+        checkpoints.verify(out / f"checkpoint-{step}")
+
+    process = forked.start(forked.train, tmp_path / "log", *command, "--output_dir", out)
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "log").read_text()
+    assert_same_run(out, uninterrupted)
+
+    for path in out.iterdir():
+        path.unlink() if path.is_file() else None
+    shutil.copytree(opt, out, dirs_exist_ok=True)
+    process = forked.start(forked.train, tmp_path / "final", *command, "--output_dir", out)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (500_000, 500_000))
+    assert f"{out}/{checkpoints.STAGED}." in run_until_full(tmp_path / "final", process)
+    assert not (out / checkpoints.STAGED).exists()
+    assert all((out / path.name).read_bytes() == path.read_bytes() for path in opt.iterdir())
+    checkpoints.verify(out / f"checkpoint-{STEPS}")
 
 
 def test_every_log_line_tensorboard_and_the_progress_bar_carry_the_figures(base, data, tmp_path, capsys):
