@@ -239,7 +239,7 @@ def plain(tokenizer, examples, tmp_path_factory):
     [
         (True, False, {}),
         (False, True, {}),
-        (True, True, {"dataloader_num_workers": 2}),
+        (True, True, {"dataloader_num_workers": 2, "gradient_checkpointing": True}),
         (True, True, {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}),
     ],
 )
