@@ -470,9 +470,9 @@ def test_answers_behind_a_gap_wait_or_are_used_if_asked(tmp_path):
     with (
         TeacherServer() as server
     ):  # a target that the waiting answers alone could meet: the gap is filled all the same
-        generate(server, tmp_path, num_instructions_to_generate=20)
+        generate(server, tmp_path, num_instructions_to_generate=before + 1)
         assert len(server.bodies) == 1
-        generate(server, tmp_path / "direct", num_instructions_to_generate=20, concurrency=1)
+        generate(server, tmp_path / "direct", num_instructions_to_generate=before + 1, concurrency=1)
     assert (tmp_path / "regen.json").read_bytes() == (tmp_path / "direct" / "regen.json").read_bytes()
 
 
