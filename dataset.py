@@ -268,13 +268,20 @@ class DataCollatorForSupervisedDataset:
         return {"input_ids": input_ids, "labels": pad("labels", IGNORE_INDEX), "attention_mask": attention_mask}
 
 
+@dataclass
 class DataCollatorWithoutPadding:
     """Lay the examples of a batch end to end: {"input_ids", "labels", "position_ids"}, each (1, sum of T).
 
     Input ids [5, 6, 7] and [8, 9] → [[5, 6, 7, 8, 9]] with positions [[0, 1, 2, 0, 1]]. No token is predicted from the
     example before it. A model keeps the examples apart when it is given positions that restart, no attention mask, and
     no cache, which is why each batch itself says `use_cache`: a model's own setting can't undo it.
+
+    With `responses_only` the batch also names the K positions that predict a label, and those labels: the model then
+    computes logits for no others. Labels [[-100, 6, 7, -100, 3]] → {"logits_to_keep": [0, 1, 3] (K,), "shift_labels":
+    [[6, 7, 3]] (1, K)}.
     """
+
+    responses_only: bool = False
 
     def __call__(self, instances: Sequence[dict[str, torch.Tensor]]) -> dict[str, Any]:
         instances = instances or [_BLANK]
@@ -282,12 +289,16 @@ class DataCollatorWithoutPadding:
         lengths = torch.tensor([len(instance["labels"]) for instance in instances])
         starts = lengths.cumsum(0) - lengths  # (B,)
         labels[starts] = IGNORE_INDEX
-        return {
+        batch = {
             "input_ids": torch.cat([instance["input_ids"] for instance in instances])[None],
             "labels": labels[None],
             "position_ids": (torch.arange(len(labels)) - starts.repeat_interleave(lengths))[None],
             "use_cache": False,
         }
+        if self.responses_only:
+            batch["logits_to_keep"] = (labels[1:] != IGNORE_INDEX).nonzero()[:, 0]
+            batch["shift_labels"] = labels[1:][batch["logits_to_keep"]][None]
+        return batch
 
 
 def spread(lengths: Sequence[int], num_groups: int) -> list[list[int]]:

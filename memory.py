@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import transformers
 
+from loss import CHUNK
+
 GIB = 2**30
 HEADROOM = 0.08  # of the device
 STATES = {"adamw": 2, "adam": 2, "lion": 1, "sgd": 0, "adagrad": 1, "rmsprop": 1, "adafactor": 0}  # by prefix
@@ -80,7 +82,13 @@ def activation_bytes(shape: Shape, plan: Plan) -> tuple[int, int, int]:
     pairs = rows * length**2  # of tokens: the mask, and with eager attention every head's probabilities
     scores = pairs * shape.heads * (4 + (c if c < 4 else 0)) if plan.eager else pairs * c
     layer = tokens * (2 * norm + inputs + attention + mlp + adapters) + scores
-    loss = tokens * shape.vocabulary * 12  # float32 log-softmax of the logits, its gradient, and the logits' gradient
+    # In float32 a chunk at a time: the softmax of its logits and two gradients. The logits' gradient is there in chunks
+    # and as a whole. As if all tokens were trained on.
+    logits = tokens * shape.vocabulary
+    if logits <= CHUNK:
+        loss = logits * (12 + (c if c < 4 else 0))
+    else:
+        loss = max(3 * c * logits, 2 * c * logits + 12 * CHUNK)
     return layer, tokens * h * s, loss
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import transformers
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
@@ -49,6 +50,7 @@ from dataset import (  # noqa: F401  the 2023 names that people import from here
     preprocess,
     show_batch,
 )
+from loss import use_lean_loss
 from utils import (  # noqa: F401
     PROMPT_DICT,
     ExitCode,
@@ -68,6 +70,11 @@ class AlpacaTrainer(Trainer):
 
     def __init__(self, *args, balance_tokens: bool, **kwargs):
         super().__init__(*args, **kwargs)
+        if not self.args.label_smoothing_factor:  # which the Trainer computes from all logits
+            if isinstance(self.data_collator, DataCollatorWithoutPadding):
+                self.data_collator.responses_only = True
+            if not self.args.use_liger_kernel:
+                use_lean_loss(getattr(self.model, "get_base_model", lambda: self.model)())  # without LoRA's wrapper
         self.balance_tokens = balance_tokens
         self.watch = StepWatch(self.train_dataset)
         for callback in (ShardingCheck(), SpaceCheck(), self.watch):
@@ -186,12 +193,15 @@ def keeps_examples_apart(config: transformers.PretrainedConfig) -> bool:
             torch.manual_seed(0)
             model = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](small).float().eval()
             examples = [{"input_ids": (ids := torch.randint(1, 64, (n,))), "labels": ids.clone()} for n in lengths]
-        batch = DataCollatorWithoutPadding()(examples)
-        together = model(**batch).logits[0]  # (sum of T, 64)
-        alone = torch.cat([model(example["input_ids"][None], use_cache=False).logits[0] for example in examples])
+        batch = DataCollatorWithoutPadding(responses_only=True)(examples)
+        outputs = model(**batch)
+        together = outputs.logits[0]  # (K, 64): all positions but the last of each example
+        alone = torch.cat([model(example["input_ids"][None], use_cache=False).logits[0, :-1] for example in examples])
+        loss = torch.nn.functional.cross_entropy(alone, batch["shift_labels"][0])
     except Exception:  # whatever an unknown model trips over, the answer is the safe one
         return False
-    return bool((together - alone).abs().max() <= 1e-4 * alone.abs().max())
+    same_loss = torch.isclose(outputs.loss, loss, rtol=1e-4)
+    return bool(same_loss and (together - alone).abs().max() <= 1e-4 * alone.abs().max())
 
 
 def load_tokenizer(model_args: ModelArguments, training_args: TrainingArguments) -> Any:
@@ -334,5 +344,22 @@ def train() -> None:
             merge_adapters(model_args, training_args, tokenizer)
 
 
+def main() -> None:
+    """`train()`, and the process group closed behind it.
+
+    A process that exits with an open one is now and then aborted on its way out, and its exit code lost. Expected
+    errors are raised by all processes together; after any other error, one may wait for another inside a collective.
+    """
+    failure = None
+    try:
+        train()
+    except ExpectedError as error:
+        failure = error
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if failure:
+        raise failure
+
+
 if __name__ == "__main__":
-    run_main(train)
+    run_main(main)

@@ -48,7 +48,7 @@ def train(*flags):
 
     torch.set_num_threads(1)
     sys.argv = ["train.py", *map(str, flags)]
-    run_main(train.train)
+    run_main(train.main)
 
 
 def train_until_full(limit, *flags):

@@ -31,4 +31,4 @@ def init(self, *args, fsdp_plugin=None, **kwargs):
 
 
 state.AcceleratorState.__init__ = init
-run_main(train.train)
+run_main(train.main)
