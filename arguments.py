@@ -33,6 +33,13 @@ class ModelArguments:
             "choices": ["float32", "bfloat16", "float16"],
         },
     )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={
+            "help": "Attention kernel: sdpa, eager, or flash_attention_2 and others whose packages are installed. "
+            "The default is the library's choice."
+        },
+    )
     pad_token: str | None = field(
         default=None,
         metadata={"help": "Pad with this existing token (such as '<unk>') where [PAD] would have been added."},

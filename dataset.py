@@ -274,7 +274,9 @@ class DataCollatorWithoutPadding:
 
     Input ids [5, 6, 7] and [8, 9] → [[5, 6, 7, 8, 9]] with positions [[0, 1, 2, 0, 1]]. No token is predicted from the
     example before it. A model keeps the examples apart when it is given positions that restart, no attention mask, and
-    no cache, which is why each batch itself says `use_cache`: a model's own setting can't undo it.
+    no cache, which is why each batch itself says `use_cache`: a model's own setting can't undo it. The examples' bounds
+    ("cu_seq_lens_q" and "cu_seq_lens_k", int32 (B + 1,), "max_length_q" and "max_length_k") spare flash attention
+    working them out in every layer.
 
     With `responses_only` the batch also names the K positions that predict a label, and those labels: the model then
     computes logits for no others. Labels [[-100, 6, 7, -100, 3]] → {"logits_to_keep": [0, 1, 3] (K,), "shift_labels":
@@ -295,6 +297,9 @@ class DataCollatorWithoutPadding:
             "position_ids": (torch.arange(len(labels)) - starts.repeat_interleave(lengths))[None],
             "use_cache": False,
         }
+        bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+        batch |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+        batch |= {"max_length_q": int(lengths.max()), "max_length_k": int(lengths.max())}
         if self.responses_only:
             batch["logits_to_keep"] = (labels[1:] != IGNORE_INDEX).nonzero()[:, 0]
             batch["shift_labels"] = labels[1:][batch["logits_to_keep"]][None]

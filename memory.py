@@ -229,6 +229,7 @@ def read_plan(model_args: Any, args: Any, padding_free: bool) -> Plan:
         accumulation=args.gradient_accumulation_steps,
         sync_each_batch=bool((args.accelerator_config.gradient_accumulation_kwargs or {}).get("sync_each_batch")),
         padding_free=padding_free,
+        eager=model_args.attn_implementation == "eager",
         checkpointing=bool(recomputes or (args.fsdp_config or {}).get("activation_checkpointing")),
         lora_r=model_args.lora_r,
     )

@@ -220,6 +220,7 @@ def load_model(model_args: ModelArguments, training_args: TrainingArguments) -> 
         model_args.model_name_or_path,
         cache_dir=training_args.cache_dir,
         dtype=getattr(torch, model_args.dtype),
+        attn_implementation=model_args.attn_implementation,
     )
     try:
         model.generation_config.validate(strict=True)

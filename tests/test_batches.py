@@ -9,6 +9,7 @@ import torch
 import transformers
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler
+from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
 import train
 from dataset import (
@@ -122,6 +123,9 @@ def test_no_token_is_predicted_from_the_example_before_it():
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1]]
     assert batch["labels"].tolist() == [[-100, 6, 7, -100, -100, 3]]
     assert rows[1]["labels"].tolist() == [8]  # the caller's examples are untouched
+    bounds, longest = prepare_fa_kwargs_from_position_ids(batch["position_ids"])
+    for side, of_library, length in zip("qk", bounds, longest, strict=True):
+        assert torch.equal(batch[f"cu_seq_lens_{side}"], of_library) and batch[f"max_length_{side}"] == length
 
 
 @pytest.mark.parametrize("collator", [DataCollatorWithoutPadding, DataCollatorForSupervisedDataset])
