@@ -348,15 +348,16 @@ def train() -> None:
 def main() -> None:
     """`train()`, and the process group closed behind it.
 
-    A process that exits with an open one is now and then aborted on its way out, and its exit code lost. Expected
-    errors are raised by all processes together; after any other error, one may wait for another inside a collective.
+    A process that exits with an open one is now and then aborted on its way out, and its exit code lost. It can't be
+    closed while another process may still wait inside a collective: after errors that are not raised by all together,
+    such as a disk that is full for one of them.
     """
     failure = None
     try:
         train()
     except ExpectedError as error:
         failure = error
-    if dist.is_initialized():
+    if dist.is_initialized() and (failure is None or failure.exit_code != ExitCode.DISK):
         dist.destroy_process_group()
     if failure:
         raise failure
