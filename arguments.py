@@ -8,6 +8,7 @@ import difflib
 import json
 import math
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,6 +19,8 @@ import torch
 import transformers
 from transformers import HfArgumentParser
 from transformers.integrations import get_available_reporting_integrations
+from transformers.training_args import OptimizerNames
+from transformers.utils import is_bitsandbytes_available, is_liger_kernel_available, is_torchao_available
 
 from utils import ExitCode, ExpectedError, notice
 
@@ -155,7 +158,7 @@ class TrainingArguments(transformers.TrainingArguments):
             self.fsdp = self.deepspeed = None
         self._read_deepspeed()
         super().__post_init__()
-        self._check_trackers()
+        self._check_packages()
         if self.n_gpu > 1:
             notice(f"one process uses one GPU; start torchrun --nproc_per_node={self.n_gpu} train.py … to use them all")
             self._n_gpu = 1  # DataParallel would multiply the batch
@@ -165,11 +168,20 @@ class TrainingArguments(transformers.TrainingArguments):
         """How weights and optimizer states are spread over the processes: "none", "fsdp" or "deepspeed"."""
         return "deepspeed" if self.deepspeed else "fsdp" if self.fsdp else "none"
 
-    def _check_trackers(self) -> None:
+    def _check_packages(self) -> None:
+        """What the library would miss only after the model is loaded."""
         missing = set(self.report_to) - set(get_available_reporting_integrations()) - {"none"}
-        if missing:
-            name = min(missing)
-            raise ExpectedError(f"--report_to {name} needs the package: pip install {name}", ExitCode.USAGE)
+        needed = [(f"report_to {name}", name) for name in sorted(missing)]
+        if self.use_liger_kernel and not is_liger_kernel_available():
+            needed.append(("use_liger_kernel", "liger-kernel"))
+        optim = OptimizerNames(self.optim).value
+        if re.search("adamw_torch_[48]bit", optim) and not is_torchao_available():
+            needed.append((f"optim {optim}", "torchao"))
+        elif re.search("bnb|_8bit|paged|lion|^ademamix", optim) and not is_bitsandbytes_available():
+            needed.append((f"optim {optim}", "bitsandbytes"))
+        if needed:
+            flag, package = needed[0]
+            raise ExpectedError(f"--{flag} needs the package: pip install {package}", ExitCode.USAGE)
 
     def _train_on_cpu(self) -> None:
         if not self.use_cpu and not self.estimate_memory:

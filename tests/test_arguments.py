@@ -107,6 +107,23 @@ def test_wrong_flags_end_in_one_line(flags, said):
     assert said in refused(*flags)
 
 
+@pytest.mark.parametrize(
+    ("flags", "package"),
+    [
+        (["--use_liger_kernel", "True"], "liger-kernel"),
+        (["--optim", "adamw_bnb_8bit"], "bitsandbytes"),
+        (["--optim", "paged_adamw_32bit"], "bitsandbytes"),
+        (["--optim", "adamw_torch_8bit"], "torchao"),
+        (["--report_to", "comet_ml"], "comet_ml"),
+    ],
+)
+def test_a_missing_package_is_named_before_anything_is_loaded(flags, package):
+    """None of them is among the requirements."""
+    assert refused(*flags).startswith(
+        f"{' '.join(flags).removesuffix(' True')} needs the package: pip install {package}"
+    )
+
+
 def test_needed_flags_are_asked_for():
     for flags, said in (([], "--data_path is needed"), (["--data_path", "x"], "--output_dir is needed")):
         with pytest.raises(ExpectedError, match=said):
