@@ -109,7 +109,7 @@ def estimate(shape: Shape, plan: Plan) -> dict[str, float]:
     level = ("nothing", "optimizer", "gradients", "weights").index(plan.sharded)
     states /= plan.gpus if level >= 1 else 1
     gradients /= plan.gpus if level >= 2 else 1
-    weights /= plan.gpus if level >= 3 else 1
+    weights /= plan.gpus if level >= 3 or plan.engine == "fsdp" else 1  # FSDP's own copy is always sharded
 
     rest = shape.parameters - shape.layers * shape.layer_parameters  # embeddings and head
     linear = shape.parameters - shape.vocabulary * shape.hidden  # all but the embedding is multiplied with
@@ -117,7 +117,7 @@ def estimate(shape: Shape, plan: Plan) -> dict[str, float]:
     if plan.engine == "fsdp":
         if plan.sharded == "weights":  # two layers gathered, the next one already on its way, and the embeddings
             buffers += c * (2 * shape.layer_parameters + rest)
-        else:
+        else:  # shard_grad_op: gathered from the forward pass to the backward pass
             buffers += c * shape.parameters
         if not plan.lora_r:
             buffers += c * (2 * shape.layer_parameters + rest)  # their gradients before they are scattered
