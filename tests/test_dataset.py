@@ -142,7 +142,7 @@ def test_input_may_be_missing_or_null_and_other_columns_are_ignored(tmp_path):
     ]
     expected = [{"instruction": "a", "input": i, "output": o} for i, o in (("", "b"), ("", "b"), ("c", ""))]
     assert load_examples(write(tmp_path, records)) == expected
-    lines = "\ufeff" + "\n\n".join(json.dumps(record) for record in records) + "\n"
+    lines = "\ufeff" + "\n\r\n".join(json.dumps(record) for record in records) + "\r\n"
     assert load_examples(write(tmp_path, lines, "data.jsonl")) == expected
 
 
@@ -192,6 +192,13 @@ def test_bad_records_are_named_the_first_five_and_counted(tmp_path):
     ):
         assert fault in message
     assert "record 7" not in message
+
+
+def test_half_of_a_surrogate_pair_is_found_and_a_whole_one_is_not(tmp_path):
+    texts = ["é\ud800", "\udfff", "ok \U0001f600 \ud7ff\ue000"]
+    with pytest.raises(ExpectedError, match=r"2 of 3 records .*record 0: .*record 1: ") as error:
+        load_examples(write(tmp_path, [{"instruction": "a", "output": text} for text in texts]))
+    assert '"output" holds half of a surrogate pair' in str(error.value)
 
 
 def test_binary_missing_and_directory_paths_end_in_exit_3(tmp_path):
