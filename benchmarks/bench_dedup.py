@@ -68,12 +68,12 @@ def timed(function) -> tuple[float, float]:
     return time.perf_counter() - wall, cpu_seconds() - cpu
 
 
-def main(whole_run: bool = False) -> None:
+def main(pools: tuple[int, ...] = (1_000, 10_000, 52_000), whole_run: bool = False) -> None:
     scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False)
     results: dict = {"cores": os.cpu_count(), "pools": {}}
     print(f"a candidate, {os.cpu_count()} cores; wall and CPU milliseconds (the CPU's of all processes and threads)")
     print(f"{'pool':>8}{'2023 wall':>12}{'CPU':>10}{'ours wall':>12}{'CPU':>10}{'ratio wall':>12}{'CPU':>8}")
-    for size in (1_000, 10_000, 52_000):
+    for size in pools:
         texts = instructions(size + 10 * TASKS_PER_ANSWER)
         pool, candidates = texts[:size], texts[size:]
         tokens = [scorer._tokenizer.tokenize(text) for text in pool]
@@ -85,9 +85,9 @@ def main(whole_run: bool = False) -> None:
         results["pools"][size] = row | {"ratio_wall": old[0] / new[0], "ratio_cpu": old[1] / new[1]}
         print(f"{size:>8}{old[0]:>12.1f}{old[1]:>10.1f}{new[0]:>12.3f}{new[1]:>10.3f}{old[0] / new[0]:>12.0f}", end="")
         print(f"{old[1] / new[1]:>8.0f}")
-    first, last = results["pools"][1_000], results["pools"][52_000]
+    first, last = results["pools"][pools[0]], results["pools"][pools[-1]]
     results["growth_cpu_2023"], results["growth_cpu"] = (last[name] / first[name] for name in ("cpu_ms_2023", "cpu_ms"))
-    print("growth of the CPU time from 1K to 52K: ", end="")
+    print(f"growth of the CPU time from {pools[0]:,} to {pools[-1]:,}: ", end="")
     print(f"2023 {results['growth_cpu_2023']:.1f} times, ours {results['growth_cpu']:.1f} times")
     if whole_run:
         kept = collection(instructions(175))

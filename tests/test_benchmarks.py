@@ -11,10 +11,29 @@ from benchmarks.plan_sharding import GPUS_PER_NODE, Cluster, Setting, options, r
 from .conftest import ROOT, run
 
 
-def last_line(*arguments, timeout=120):
-    result = run(*arguments, timeout=timeout)
+def last_line(script, *arguments):
+    result = run(ROOT / "benchmarks" / script, *arguments)
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_growth():
+    result = last_line("bench_growth.py", "--rows", 40, 300)
+    assert list(result["stages"]) == ["check", "tokenize", "batch 1", "batch 8", "resume"]
+    for figures in result["stages"].values():
+        assert list(figures) == ["40", "300"]
+        assert all(0 <= value for figure in figures.values() for value in figure.values())
+
+
+def test_tokenizing():
+    result = last_line("bench_tokenize.py", "--rows", 100, "--rounds", 1)
+    assert result["rows"] == 100 and min(result["one_call_an_example"], result["ours"], result["ratio"]) > 0
+
+
+def test_similarity():
+    result = last_line("bench_dedup.py", "--pools", "50,200")
+    assert list(result["pools"]) == ["50", "200"] and "whole_run" not in result
+    assert all(value > 0 for figures in result["pools"].values() for value in figures.values())
 
 
 # --- a plan for several GPUs ---
