@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -263,6 +264,22 @@ def test_resuming_inside_the_second_epoch_goes_on_with_its_batches(tokenizer, ex
     assert [entry["loss"] for entry in logged(resumed)] == [entry["loss"] for entry in logged(whole)]
     for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_going_on_inside_an_epoch_loads_no_example_of_what_it_skips(tokenizer, examples, tmp_path, monkeypatch):
+    loaded, load = [], SupervisedDataset.__getitem__
+    monkeypatch.setattr(SupervisedDataset, "__getitem__", lambda self, index: loaded.append(index) or load(self, index))
+    trainer = train.AlpacaTrainer(
+        model=tiny(tokenizer),
+        args=train.TrainingArguments(output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=1),
+        train_dataset=examples,
+        data_collator=DataCollatorWithoutPadding(),
+        balance_tokens=True,
+    )
+    loader = trainer.get_train_dataloader()
+    assert len(loader) == len(examples)
+    batches = list(accelerate.skip_first_batches(loader, len(examples) - 3))
+    assert len(batches) == len(loaded) == 3
 
 
 @pytest.mark.soak  # six jobs of two processes

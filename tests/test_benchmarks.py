@@ -1,12 +1,13 @@
 """The benchmarks as commands on small inputs, and the sharding plan's arithmetic by hand; no timing is judged."""
 
 import json
+import sys
 
 import pytest
 import transformers
 
 import memory
-from benchmarks.plan_sharding import GPUS_PER_NODE, Cluster, Setting, options, ring_speed, seconds_and_bytes
+from benchmarks.plan_sharding import GPUS_PER_NODE, Cluster, Setting, main, options, ring_speed, seconds_and_bytes
 
 from .conftest import ROOT, run
 
@@ -79,10 +80,10 @@ def test_the_recommended_micro_batch_is_the_smallest_that_hides_communication_an
     assert options(shape, Cluster(8, 0.5 * 312e12, 0.8 * 300e9, 12), 128, 126) == []
 
 
-def test_the_plan_is_a_table_and_json():
-    result = run(ROOT / "benchmarks" / "plan_sharding.py", "--gpu", "H200", "--nodes", 1, 2, "--node_links", 50)
-    assert result.returncode == 0, result.stderr[-3000:]
-    *table, last = result.stdout.splitlines()
+def test_the_plan_is_a_table_and_json(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", "plan_sharding.py --gpu H200 --nodes 1 2 --node_links 50".split())
+    main()
+    *table, last = capsys.readouterr().out.splitlines()
     assert json.loads(last)["parameters"] == 6_738_415_616
     assert sum(line.startswith("| 1 × 8 H200 |") for line in table) == 5
     assert sum(line.endswith("recommended |") for line in table) == 2
