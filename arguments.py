@@ -153,8 +153,8 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every parameter of a causal language model is used
         self._read_fsdp()
+        self.zero_config = read_json_flag("deepspeed", self.deepspeed) if self.deepspeed else None
         if self.estimate_memory:  # nothing is started, so the flags need neither a launcher nor the packages
-            self.zero_config = read_json_flag("deepspeed", self.deepspeed) if self.deepspeed else None
             self.fsdp = self.deepspeed = None
         self._read_deepspeed()
         super().__post_init__()
@@ -241,7 +241,7 @@ class TrainingArguments(transformers.TrainingArguments):
                 "--deepspeed needs a launcher, for one process too: torchrun --nproc_per_node=1 train.py …",
                 ExitCode.USAGE,
             )
-        config = read_json_flag("deepspeed", self.deepspeed)
+        config = self.zero_config
         try:
             import deepspeed
         except ImportError:
