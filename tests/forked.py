@@ -40,6 +40,18 @@ def start_ranks(count, function, log, *arguments):
     ]
 
 
+def run_train(out, *flags, processes=1, sharded=False):
+    """Run train.py to its end, with FSDP2 where `sharded`; returns what its processes said."""
+    log = Path(f"{out}.log")
+    function, arguments = (train_sharded, [f"{out}-gathered"]) if sharded else (train, [])
+    arguments += [*flags, "--output_dir", out]
+    ranks = start_ranks(processes, function, log, *arguments) if processes > 1 else [start(function, log, *arguments)]
+    for rank in ranks:
+        rank.join(600)
+    assert {rank.exitcode for rank in ranks} == {0}, log.read_text()
+    return log.read_text()
+
+
 def train(*flags):
     import torch
 

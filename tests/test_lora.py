@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 import transformers
 
-from .conftest import error_line, run
+from . import forked
 from .test_train import RECIPE, data, losses  # noqa: F401  the fixture is found by its name
 
 FLAGS = ["--lora_r", "4", "--lora_alpha", "32", "--lora_dropout", "0.1", "--learning_rate", "1e-2"]
@@ -25,13 +25,10 @@ def logits(model, tokenizer):
 
 @pytest.fixture(scope="module")
 def tuned(llama, data, tmp_path_factory):  # noqa: F811
-    out = tmp_path_factory.mktemp("lora")
-    result = run(
-        *("train.py", "--model_name_or_path", llama, "--data_path", data, "--output_dir", out, *RECIPE, *FLAGS),
-        *("--save_strategy", "steps", "--save_steps", "2", "--lora_merge", "True"),
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "LoRA trains" in result.stderr
+    out = tmp_path_factory.mktemp("lora") / "out"
+    flags = ["--model_name_or_path", llama, "--data_path", data, *RECIPE, *FLAGS]
+    said = forked.run_train(out, *flags, "--save_strategy", "steps", "--save_steps", "2", "--lora_merge", "True")
+    assert "LoRA trains" in said
     return out
 
 
@@ -65,25 +62,22 @@ def test_only_the_adapter_is_trained_and_saved_and_it_loads_to_the_merged_model(
 
 
 def test_resuming_ends_with_the_same_adapter(tuned, llama, data, tmp_path):  # noqa: F811
-    shutil.copytree(tuned / "checkpoint-2", tmp_path / "checkpoint-2")
-    result = run(
-        *("train.py", "--model_name_or_path", llama, "--data_path", data, "--output_dir", tmp_path, *RECIPE, *FLAGS),
-        *("--save_strategy", "no", "--resume_from_checkpoint", "last"),
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert losses(tmp_path) == losses(tuned)
-    assert all(torch.equal(tensor, adapters(tuned)[name]) for name, tensor in adapters(tmp_path).items())
+    out = tmp_path / "out"
+    shutil.copytree(tuned / "checkpoint-2", out / "checkpoint-2")
+    flags = ["--model_name_or_path", llama, "--data_path", data, *RECIPE, *FLAGS]
+    forked.run_train(out, *flags, "--save_strategy", "no", "--resume_from_checkpoint", "last")
+    assert losses(out) == losses(tuned)
+    assert all(torch.equal(tensor, adapters(tuned)[name]) for name, tensor in adapters(out).items())
 
 
 def test_fsdp_trains_saves_and_resumes_the_same_adapter(llama, data, tmp_path):  # noqa: F811
-    def job(name, *more, script="train.py", processes=0):
+    def job(name, *more, **options):
         flags = ["--model_name_or_path", llama, "--data_path", data, *RECIPE, *FLAGS, "--lora_dropout", "0"]
-        result = run(script, *flags, "--output_dir", tmp_path / name, *more, processes=processes)
-        assert result.returncode == 0, result.stderr[-3000:]
+        forked.run_train(tmp_path / name, *flags, *more, **options)
         return tmp_path / name
 
     single = job("single", "--gradient_accumulation_steps", 2, "--save_strategy", "no")
-    fsdp = {"script": "tests/fsdp_on_cpu.py", "processes": 2}
+    fsdp = {"processes": 2, "sharded": True}
     sharding = ["--fsdp", "full_shard auto_wrap", "--gradient_checkpointing", "True"]
     sharded = job("sharded", *sharding, "--save_strategy", "steps", "--save_steps", 2, **fsdp)
     assert losses(sharded) == pytest.approx(losses(single), abs=1e-5)
@@ -96,6 +90,8 @@ def test_fsdp_trains_saves_and_resumes_the_same_adapter(llama, data, tmp_path): 
 
 
 def test_what_lora_can_not_do_is_said(llama, data, tmp_path):  # noqa: F811
-    flags = ["train.py", "--model_name_or_path", llama, "--data_path", data, "--output_dir", tmp_path / "out"]
-    result = run(*flags, "--lora_r", 4, "--lora_target_modules", "query")
-    assert result.returncode == 2 and "--lora_target_modules query" in error_line(result)
+    flags = ["--model_name_or_path", llama, "--data_path", data, "--output_dir", tmp_path / "out", "--lora_r", 4]
+    process = forked.start(forked.train, tmp_path / "log", *flags, "--lora_target_modules", "query")
+    process.join()
+    said = (tmp_path / "log").read_text()
+    assert process.exitcode == 2 and said.count("error: --lora_target_modules query") == 1 and "Traceback" not in said

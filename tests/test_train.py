@@ -10,7 +10,8 @@ import safetensors.torch
 import torch
 import transformers
 
-from .conftest import ROOT, error_line, run
+from . import forked
+from .conftest import ROOT, run
 
 # The commands of 2023: of the README's commands, those with a flag that only 2023 spelled like this.
 README_COMMANDS = [
@@ -111,39 +112,26 @@ def test_readme_command(command, llama, opt, tmp_path):
     assert said.count("batches are padded: opt would mix examples") == ("OPTDecoderLayer" in command)
 
 
-def test_two_plain_processes_take_the_same_steps(one_process, llama, data, tmp_path):
-    result = run(
-        *("train.py", "--model_name_or_path", llama, "--data_path", data, "--output_dir", tmp_path / "out", *RECIPE),
-        *("--gradient_accumulation_steps", "2", "--save_strategy", "no"),
-        processes=2,
-    )
-    assert result.returncode == 0, result.stderr[-20000:]
-    assert losses(tmp_path / "out") == pytest.approx(losses(one_process), abs=1e-5)
-
-
-@pytest.mark.parametrize("processes", [1, 2])
-def test_the_batches_of_2023_take_the_same_steps(processes, one_process, llama, data, tmp_path):
-    result = run(
-        *("train.py", "--model_name_or_path", llama, "--data_path", data, "--output_dir", tmp_path / "out", *RECIPE),
-        *("--gradient_accumulation_steps", 4 // processes, "--save_strategy", "no"),
-        *("--padding_free", "False", "--balance_tokens", "False"),
-        processes=processes if processes > 1 else 0,
-    )
-    assert result.returncode == 0, result.stderr[-20000:]
-    assert losses(tmp_path / "out") == pytest.approx(losses(one_process), abs=1e-5)
+@pytest.mark.parametrize(("processes", "batches"), [(2, ""), (1, "2023"), (2, "2023")])
+def test_other_processes_and_other_batches_take_the_same_steps(processes, batches, one_process, llama, data, tmp_path):
+    flags = ["--gradient_accumulation_steps", 4 // processes, "--save_strategy", "no"]
+    if batches == "2023":
+        flags += ["--padding_free", "False", "--balance_tokens", "False"]
+    out = tmp_path / "out"
+    forked.run_train(out, "--model_name_or_path", llama, "--data_path", data, *RECIPE, *flags, processes=processes)
+    assert losses(out) == pytest.approx(losses(one_process), abs=1e-5)
 
 
 def test_fsdp_shards_trains_saves_and_resumes(one_process, llama, data, tmp_path):
     flags = [
-        *("tests/fsdp_on_cpu.py", "--model_name_or_path", llama, "--data_path", data, *RECIPE),
+        *("--model_name_or_path", llama, "--data_path", data, *RECIPE),
         *("--gradient_accumulation_steps", "2", "--save_strategy", "steps", "--save_steps", "2"),
         *("--fsdp", "full_shard auto_wrap offload", "--fsdp_transformer_layer_cls_to_wrap", "LLaMADecoderLayer"),
     ]
-    result = run(*flags, "--output_dir", tmp_path / "out", processes=2)
-    assert result.returncode == 0, result.stderr[-20000:]
+    said = forked.run_train(tmp_path / "out", *flags, processes=2, sharded=True)
     local, total = (
         int(number.replace(",", ""))
-        for number in re.search(r"FSDP holds ([\d,]+) of ([\d,]+) parameters", result.stderr).groups()
+        for number in re.search(r"FSDP holds ([\d,]+) of ([\d,]+) parameters", said).groups()
     )
     assert total == sum(tensor.numel() for tensor in weights(one_process).values())
     assert 0.49 < local / total < 0.51
@@ -153,9 +141,8 @@ def test_fsdp_shards_trains_saves_and_resumes(one_process, llama, data, tmp_path
     assert all(torch.allclose(whole[name], single[name], atol=2e-5) for name in single)
 
     shutil.copytree(tmp_path / "out" / "checkpoint-2", tmp_path / "checkpoint-2")
-    flags += ["--output_dir", tmp_path / "resumed", "--resume_from_checkpoint", tmp_path / "checkpoint-2"]
-    result = run(*flags, processes=2)
-    assert result.returncode == 0, result.stderr[-20000:]
+    flags += ["--resume_from_checkpoint", tmp_path / "checkpoint-2"]
+    forked.run_train(tmp_path / "resumed", *flags, processes=2, sharded=True)
     assert losses(tmp_path / "resumed") == losses(tmp_path / "out")
     resumed = weights(tmp_path / "resumed")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
@@ -190,23 +177,18 @@ def test_weights_are_trained_in_float32_whatever_the_checkpoint(llama, data, tmp
     model.save_pretrained(base)
     generation = json.loads((base / "generation_config.json").read_text())
     (base / "generation_config.json").write_text(json.dumps({**generation, "do_sample": False}))
-    flags = ["train.py", "--model_name_or_path", base, "--data_path", data, *RECIPE, "--max_steps", "1"]
+    flags = ["--model_name_or_path", base, "--data_path", data, *RECIPE, "--max_steps", "1", "--save_strategy", "no"]
     for dtype, extra in ((torch.float32, []), (torch.bfloat16, ["--dtype", "bfloat16", "--pad_token", "<unk>"])):
-        result = run(*flags, *extra, "--output_dir", tmp_path / str(dtype), "--save_strategy", "no")
-        assert result.returncode == 0, result.stderr[-20000:]
-        assert "do_sample is now true" in result.stderr
+        assert "do_sample is now true" in forked.run_train(tmp_path / str(dtype), *flags, *extra)
         assert {tensor.dtype for tensor in weights(tmp_path / str(dtype)).values()} == {dtype}
         rows = len(weights(tmp_path / str(dtype))["model.embed_tokens.weight"])
         assert rows == model.config.vocab_size + (not extra)
 
 
 def test_held_out_examples_are_evaluated_after_saving(llama, data, tmp_path):
-    result = run(
-        *("train.py", "--model_name_or_path", llama, "--data_path", data, "--output_dir", tmp_path / "out", *RECIPE),
-        *("--max_steps", "1", "--val_size", "0.2", "--evaluation_strategy", "no", "--save_strategy", "no"),
-    )
-    assert result.returncode == 0, result.stderr[-20000:]
-    assert "eval_loss" in result.stdout
+    flags = ["--max_steps", "1", "--val_size", "0.2", "--evaluation_strategy", "no", "--save_strategy", "no"]
+    said = forked.run_train(tmp_path / "out", "--model_name_or_path", llama, "--data_path", data, *RECIPE, *flags)
+    assert "eval_loss" in said
     log = json.loads((tmp_path / "out" / "eval_results.json").read_text())
     assert log["eval_samples"] == 8 and log["eval_loss"] > 0
 
@@ -226,9 +208,13 @@ def test_what_is_wrong_is_said_before_weights_are_loaded(flags, code, said, llam
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(llama / name, tmp_path)
     out = tmp_path / "out"
-    result = run("train.py", "--model_name_or_path", tmp_path, "--data_path", data, "--output_dir", out, *flags)
-    assert result.returncode == code, result.stderr
-    assert said in error_line(result)
+    flags = ["--model_name_or_path", tmp_path, "--data_path", data, "--output_dir", out, *flags]
+    process = forked.start(forked.train, tmp_path / "log", *flags)
+    process.join()
+    log = (tmp_path / "log").read_text()
+    assert process.exitcode == code, log
+    [line] = [line for line in log.splitlines() if line.startswith("error: ")]
+    assert said in line and "Traceback" not in log
     assert not out.exists()
 
 
@@ -243,7 +229,9 @@ def test_bad_data_under_torchrun_is_one_line_and_every_rank_stops(llama, tmp_pat
     assert result.stderr.count("error: ") == 1 and '"instruction" is a number' in result.stderr
 
 
-def test_show_batch_prints_and_exits(llama, data):
-    result = run("train.py", "--model_name_or_path", llama, "--data_path", data, "--show_batch", "3")
-    assert result.returncode == 0, result.stderr[-20000:]
-    assert result.stdout.count("--- record") == 3 and "«" in result.stdout
+def test_show_batch_prints_and_exits(llama, data, tmp_path):
+    flags = ["--model_name_or_path", llama, "--data_path", data, "--show_batch", "3"]
+    process = forked.start(forked.train, tmp_path / "log", *flags)
+    process.join()
+    said = (tmp_path / "log").read_text()
+    assert process.exitcode == 0 and said.count("--- record") == 3 and "«" in said, said
