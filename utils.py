@@ -70,12 +70,12 @@ def notice(message: str) -> None:
 def disk_problem(error: BaseException | None) -> str | None:
     """What the system said when a disk was full or unwritable; None for every other error.
 
-    Libraries written in Rust hand the system's error number on as text. torch.save hands nothing on: its files end in
-    this one message whatever the reason.
+    Libraries written in Rust, and torch's sharded saves, hand the system's error number on as text. torch.save hands
+    nothing on: whatever the reason, it ends in this one message.
     """
     while error is not None:
         number = error.errno if isinstance(error, OSError) else None
-        if found := re.search(r"\(os error (\d+)\)", str(error)):
+        if found := re.search(r"(?:\(os error |\[Errno )(\d+)", str(error)):
             number = int(found.group(1))
         if number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
             return os.strerror(number)
