@@ -25,7 +25,7 @@ import transformers
 from tqdm import tqdm
 
 from dataset import load_examples
-from utils import ExitCode, ExpectedError, atomic_write, format_prompt, from_pretrained, notice, run_main
+from utils import ExitCode, ExpectedError, atomic_write, format_prompt, from_pretrained, jload, notice, run_main
 
 
 @dataclass
@@ -66,15 +66,25 @@ def parse_arguments() -> argparse.Namespace:
     add("--input", default="", help="the text that --instruction is about")
     add("--data_path", help="answer a .json or .jsonl file of {instruction, input}; output, if there, is not read")
     add("--output_path", help="where --data_path's answers go: a JSON list of {instruction, input, output, generator}")
-    add("--batch_size", type=int, default=8, help="instructions of a file answered at once (8)")
+    add("--batch_size", type=int, default=8, help="instructions of a file answered at once (%(default)s)")
     add("--serve", action="store_true", help="open a web page on 127.0.0.1; needs gradio")
-    add("--port", type=int, default=7860, help="the page's port (7860)")
-    add("--max_new_tokens", type=int, default=512, help="longest answer, in tokens (512)")
-    add("--temperature", type=float, default=0.0, help="0: always the likeliest token (default); 1: as the model says")
-    add("--top_p", type=float, default=1.0, help="sample among the likeliest tokens of this total probability (1: all)")
-    add("--seed", type=int, default=42, help="seed of the sampling (42)")
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="auto: as saved")
-    add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: a GPU if there is one")
+    add("--port", type=int, default=7860, help="the page's port (%(default)s)")
+    add("--max_new_tokens", type=int, default=512, help="longest answer, in tokens (%(default)s)")
+    add("--temperature", type=float, default=0.0, help="0: the likeliest token; 1: as the model says (%(default)s)")
+    add(
+        "--top_p",
+        type=float,
+        default=1.0,
+        help="sample among the likeliest tokens of this total probability (%(default)s)",
+    )
+    add("--seed", type=int, default=42, help="seed of the sampling (%(default)s)")
+    add(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="auto: as saved (%(default)s)",
+    )
+    add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: a GPU if there is one (%(default)s)")
     args = parser.parse_args()
 
     if args.instruction is not None and not args.instruction.strip():
@@ -90,7 +100,7 @@ def parse_arguments() -> argparse.Namespace:
         ("batch_size", 1, 100_000),
         ("temperature", 0, 100),
         ("seed", 0, 2**63 - 1),
-        ("port", 0, 65535),
+        ("port", 1, 65535),
     ):
         if not low <= getattr(args, name) <= high:
             fail(f"--{name} {getattr(args, name)} is not between {low} and {high}")
@@ -122,6 +132,8 @@ def check_directory(path: str) -> None:
         lacks = "no weights (model*.safetensors or pytorch_model*.bin; of an adapter adapter_model.safetensors)"
     elif not is_adapter and not names & TOKENIZERS:
         lacks = "no tokenizer (tokenizer.json or tokenizer.model)"
+    elif "weight_diff.json" in names and jload(os.path.join(path, "weight_diff.json")).get("kind") == "diff":
+        lacks = "a weight diff and no model: python weight_diff.py recover makes one of it"
     else:
         return
     raise ExpectedError(
@@ -139,7 +151,12 @@ class Reader:
 
     def encode(self, example: dict[str, str], max_new_tokens: int) -> list[int]:
         """The token ids of an example's prompt, as in training. Raises ExpectedError where the model can't read it."""
-        ids = self.tokenizer(format_prompt(example), return_token_type_ids=False)["input_ids"]
+        if not example["instruction"].strip():
+            raise ExpectedError("the instruction is empty; say what to do", ExitCode.DATA)
+        prompt = format_prompt(example)
+        if not prompt.isascii() and any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise ExpectedError("the text is not valid Unicode; retype it", ExitCode.DATA)
+        ids = self.tokenizer(prompt, return_token_type_ids=False)["input_ids"]
         if self.context_length is not None and len(ids) + max_new_tokens > self.context_length:
             raise ExpectedError(
                 f"the prompt's {len(ids):,} tokens and an answer of up to {max_new_tokens:,} do not fit into the "
@@ -181,13 +198,21 @@ def load_reader(path: str) -> Reader:
 
 def load_model(args: argparse.Namespace, tokenizer: Any) -> Any:
     """The model, on its device, ready to generate as `Sampling` says and not as its own generation_config does."""
-    loader = transformers.AutoModelForCausalLM
-    if os.path.isfile(os.path.join(args.model_name_or_path, "adapter_config.json")):
+    path = args.model_name_or_path
+    options = {"dtype": args.dtype if args.dtype == "auto" else getattr(torch, args.dtype), "device_map": args.device}
+    if os.path.isfile(os.path.join(path, "adapter_config.json")):
         import peft
 
-        loader = peft.AutoPeftModelForCausalLM
-    dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
-    model = from_pretrained(loader, args.model_name_or_path, dtype=dtype, device_map=args.device).eval()
+        model = from_pretrained(peft.AutoPeftModelForCausalLM, path, **options)
+    else:
+        model, report = from_pretrained(transformers.AutoModelForCausalLM, path, output_loading_info=True, **options)
+        if missing := sorted(report["missing_keys"]):  # the library makes them up at random
+            raise ExpectedError(
+                f"--model_name_or_path {path} lacks {len(missing)} of the model's tensors: {', '.join(missing[:3])}; "
+                "copy or download it again",
+                ExitCode.USAGE,
+            )
+    model.eval()
     model.generation_config = transformers.GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -216,11 +241,11 @@ def stream(
     model: Any, reader: Reader, prompt: list[int], sampling: Sampling, stopped: threading.Event
 ) -> Iterator[str]:
     """Yield the answer so far, again after each token; the last is what `answer` gives. Setting `stopped` ends it."""
-    progress = queue.SimpleQueue()  # token ids of the answer so far; then None, or the exception that ended it
+    progress = queue.SimpleQueue()  # the answer so far, after each token; then None, or the exception that ended it
     input_ids = torch.tensor([prompt], device=model.device)  # (1, T)
 
     def after_token(ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        progress.put(ids[0, len(prompt) :].tolist())
+        progress.put(reader.decode(ids[0, len(prompt) :].tolist()))
         return torch.tensor([stopped.is_set()], device=ids.device)
 
     def generate() -> None:
@@ -240,10 +265,10 @@ def stream(
     threading.Thread(target=generate).start()
     text = ""
     try:
-        while (ids := progress.get()) is not None:
-            if isinstance(ids, BaseException):
-                raise ids
-            text = reader.decode(ids)
+        while (news := progress.get()) is not None:
+            if isinstance(news, BaseException):
+                raise news
+            text = news
             if not text.endswith("\ufffd"):  # otherwise a character of which not all bytes are there yet
                 yield text
         if text.endswith("\ufffd"):
@@ -347,23 +372,28 @@ def settings_of(args: argparse.Namespace, sampling: Sampling, examples: list[dic
 
 
 def read_partial(partial: BinaryIO, settings: dict[str, Any], args: argparse.Namespace) -> dict[int, str]:
-    """Answers of an earlier run, by example; a line torn by a crash is cut off. A new file gets its heading."""
+    """Answers of an earlier run, by example; a line torn by a crash is cut off. A file without any gets its heading."""
     partial.seek(0)
     whole = partial.read().rpartition(b"\n")[0]
-    lines = [json.loads(line) for line in whole.splitlines()]
-    if lines and lines[0] != settings:
-        differ = [name for name in settings if lines[0].get(name) != settings[name]]
+    try:
+        begun_with, *lines = [json.loads(line) for line in whole.splitlines()] or [settings]
+        answers = dict(lines)
+        differ = [name for name in settings if begun_with.get(name) != settings[name]]
+    except (ValueError, TypeError, AttributeError):
+        raise ExpectedError(f"{partial_path(args)} is damaged; remove it to start again", ExitCode.DATA)
+    if not answers:
+        partial.truncate(0)
+        partial.write(json.dumps(settings).encode() + b"\n")
+        return {}
+    if differ:
         raise ExpectedError(
             f"{partial_path(args)} was begun with other settings ({', '.join(differ)}); give the same ones to go on, "
             "or remove it to start again",
             ExitCode.USAGE,
         )
-    partial.truncate(len(whole) + 1 if lines else 0)
-    if not lines:
-        partial.write(json.dumps(settings).encode() + b"\n")
-    elif len(lines) > 1:
-        notice(f"{len(lines) - 1} answers are there already, from {partial_path(args)}")
-    return dict(lines[1:])
+    partial.truncate(len(whole) + 1)
+    notice(f"{len(answers)} answers are there already, from {partial_path(args)}")
+    return answers
 
 
 # A prompt loop --------------------------------------------------------------------------------------------------------
@@ -376,10 +406,11 @@ HELP = """Type an instruction and press Enter. Ctrl-C stops an answer; the arrow
 
 def prompt_loop(model: Any, reader: Reader, sampling: Sampling) -> None:
     """Read instructions and stream answers until :quit or the end of the input."""
-    on_terminal = sys.stdin.isatty()
+    on_terminal = sys.stdin.isatty() and sys.stdout.isatty()  # else input() would write its prompt among the answers
+    sys.stdin.reconfigure(errors="replace")
     if on_terminal:
         import readline  # noqa: F401  gives input() line editing and history
-
+    if sys.stdin.isatty():
         print(HELP, file=sys.stderr)
     text_input = ""
     while True:
@@ -406,138 +437,40 @@ def prompt_loop(model: Any, reader: Reader, sampling: Sampling) -> None:
 
 
 def print_stream(model: Any, reader: Reader, example: dict[str, str], sampling: Sampling) -> None:
-    shown = ""
+    shown, stopped = "", threading.Event()
+    prompt = reader.encode(example, sampling.max_new_tokens)
     try:
-        prompt = reader.encode(example, sampling.max_new_tokens)
-        for text in stream(model, reader, prompt, sampling, threading.Event()):
+        for text in stream(model, reader, prompt, sampling, stopped):
             print(text[len(shown) :], end="", flush=True)
             shown = text
         print(flush=True)
     except KeyboardInterrupt:
+        stopped.set()
         print(flush=True)
         print("stopped", file=sys.stderr)
 
 
 # A web page -----------------------------------------------------------------------------------------------------------
 
-NOTICE = """# Alpaca
-
-**A research artifact.** This model makes mistakes and states them with confidence; it can repeat stereotypes and write
-harmful text. Nothing it says is advice. Everything stays on this machine."""
-EXAMPLES = [
-    ("Explain in two sentences why the sky is blue.", ""),
-    ("Write a haiku about rain on a tin roof.", ""),
-    ("Turn the sentence into the passive voice.", "The gardener waters the roses every morning."),
-]
-
-
-def build_page(gradio: Any, model: Any, reader: Reader, sampling: Sampling, running: dict[str, threading.Event]) -> Any:
-    """The page. `running` holds the event that stops it for each browser session that is being answered."""
-
-    def respond(instruction, text_input, max_new_tokens, temperature, top_p, seed, request: gradio.Request):
-        if not (instruction or "").strip():
-            yield "", "Type an instruction first."
-            return
-        example = {"instruction": instruction.strip(), "input": (text_input or "").strip()}
-        wanted = Sampling(int(max_new_tokens), temperature, top_p, int(seed or 0))
-        stopped = running[request.session_hash] = threading.Event()
-        text = ""
-        try:
-            for text in stream(model, reader, reader.encode(example, wanted.max_new_tokens), wanted, stopped):
-                yield text, "Answering …"
-            yield text, "Stopped." if stopped.is_set() else "Done."
-        except ExpectedError as error:
-            yield "", str(error)
-        finally:
-            stopped.set()
-            running.pop(request.session_hash, None)
-
-    def stop(request: gradio.Request) -> None:
-        if request.session_hash in running:
-            running[request.session_hash].set()
-
-    with gradio.Blocks(title="Alpaca", analytics_enabled=False) as page:
-        gradio.Markdown(NOTICE)
-        instruction = gradio.Textbox(
-            label="Instruction (Enter to answer)", lines=1, max_lines=8, autofocus=True, elem_id="instruction"
-        )
-        text_input = gradio.Textbox(
-            label="Input: the text it is about (may stay empty)", lines=2, max_lines=12, elem_id="input"
-        )
-        with gradio.Row():
-            ask = gradio.Button("Answer", variant="primary", elem_id="answer")
-            halt = gradio.Button("Stop", elem_id="stop")
-        status = gradio.Markdown("", elem_id="status")
-        response = gradio.Textbox(
-            label="Response", lines=6, max_lines=30, interactive=False, buttons=["copy"], elem_id="response"
-        )
-        with gradio.Accordion("Sampling", open=False):
-            limit = reader.context_length or 4096
-            controls = [
-                gradio.Slider(
-                    1,
-                    limit,
-                    min(sampling.max_new_tokens, limit),
-                    step=1,
-                    label="Longest answer (tokens)",
-                    elem_id="max_new_tokens",
-                ),
-                gradio.Slider(0, 2, sampling.temperature, step=0.05, label="Temperature (0: the likeliest token)"),
-                gradio.Slider(0.05, 1, sampling.top_p, step=0.05, label="Top p"),
-                gradio.Number(sampling.seed, precision=0, minimum=0, label="Seed"),
-            ]
-        gradio.Markdown("Examples")
-        with gradio.Row():
-            for number, (title, about) in enumerate(EXAMPLES):
-                example = gradio.Button(title, size="sm", elem_id=f"example-{number}")
-                example.click(
-                    lambda values=(title, about): values, None, [instruction, text_input], api_visibility="private"
-                )
-        gradio.on(
-            [ask.click, instruction.submit],
-            respond,
-            [instruction, text_input, *controls],
-            [response, status],
-            api_visibility="private",
-            show_progress="hidden",
-            trigger_mode="once",
-        )
-        halt.click(stop, queue=False, api_visibility="private")
-    # The model answers one at a time; others wait in line.
-    return page.queue(max_size=32, default_concurrency_limit=1)
-
 
 def serve(args: argparse.Namespace, sampling: Sampling) -> None:
     """Serve the page on 127.0.0.1 until Ctrl-C."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     try:
-        import gradio
-    except ImportError:
-        raise ExpectedError("--serve needs gradio: pip install -r requirements-dev.txt", ExitCode.USAGE)
+        import web_page
+    except ImportError as error:
+        raise ExpectedError(
+            f"--serve needs gradio ({error}); pip install gradio, or pip install -r requirements-dev.txt",
+            ExitCode.USAGE,
+        )
+    web_page.check_port(args.port)
     reader = load_reader(args.model_name_or_path)
     model = load_model(args, reader.tokenizer)
-    running: dict[str, threading.Event] = {}
-    page = build_page(gradio, model, reader, sampling, running)
-    system_fonts = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    try:
-        page.launch(
-            server_name="127.0.0.1",
-            server_port=args.port,
-            share=False,
-            quiet=True,
-            prevent_thread_lock=True,
-            ssr_mode=False,
-            footer_links=[],
-            theme=system_fonts,
-        )
-    except OSError as error:
-        raise ExpectedError(f"--port {args.port}: {error}; choose another port", ExitCode.USAGE)
-    notice(f"the page is at {page.local_url}; Ctrl-C ends it")
-    try:
-        page.block_thread()
-    finally:
-        for stopped in list(running.values()):
-            stopped.set()
+
+    def ask(example: dict[str, str], wanted: Sampling, stopped: threading.Event) -> Iterator[str]:
+        return stream(model, reader, reader.encode(example, wanted.max_new_tokens), wanted, stopped)
+
+    web_page.serve(ask, sampling, reader.context_length or 4096, args.port)
 
 
 def main() -> None:

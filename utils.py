@@ -229,10 +229,12 @@ def smart_tokenizer_and_embedding_resize(special_tokens_dict: dict[str, str], to
 
 
 def from_pretrained(loader: Any, name: str, **options: Any) -> Any:
-    """`loader.from_pretrained`, whose failures on a wrong name, without a network or a package become one line."""
+    """`loader.from_pretrained`; a wrong name, a torn file, no network or a missing package become one line."""
+    from safetensors import SafetensorError
+
     try:
         return loader.from_pretrained(name, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:400]
         raise ExpectedError(f"--model_name_or_path {name} can't be loaded: {reason}", ExitCode.USAGE)
 

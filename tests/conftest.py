@@ -80,3 +80,17 @@ def opt(tmp_path_factory):
     transformers.set_seed(0)
     transformers.OPTForCausalLM(config).save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def endless(llama, tmp_path_factory):
+    """The embedded LLaMA with room for an answer that takes it minutes: what stops it is not the answer's end."""
+    import transformers
+
+    directory = tmp_path_factory.mktemp("endless")
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama)
+    model.config.max_position_embeddings = 100_000
+    model.lm_head.weight.data[model.config.eos_token_id] = 0  # never the likeliest
+    model.save_pretrained(directory)
+    transformers.AutoTokenizer.from_pretrained(llama).save_pretrained(directory)
+    return directory
