@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import torch
 import transformers
 
+import inference
 from self_instruct import encode_prompt, read_seed_tasks
 from utils import Completion, OpenAIDecodingArguments, openai_completion
 
@@ -131,6 +133,19 @@ def test_both_wire_formats_with_a_random_model(llama, tmp_path):
         found = openai_completion("Name a", arguments, str(directory), api="completions", base_url=url)
         assert len(found) == 2 and all(isinstance(choice, Completion) and choice.text for choice in found)
         assert all(choice.finish_reason == "length" for choice in found)
+
+
+def test_the_readme_asks_it_for_the_answer_that_inference_gives(llama, tmp_path, capsys):
+    example = re.search(r"```python\n(from openai .*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
+    question = {"instruction": "Shorten this.", "input": "It rained all day."}
+    assert json.dumps(question) in example
+    with serve(llama, tmp_path / "home") as url:
+        example = example.replace("http://127.0.0.1:8000/v1", url).replace("<dir>", str(llama))
+        exec(example.replace("max_tokens=256", "max_tokens=12"), {})
+    reader = inference.load_reader(str(llama))
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama)
+    sampling = inference.Sampling(max_new_tokens=12, temperature=0, top_p=1, seed=0)
+    assert capsys.readouterr().out == inference.answer(model, reader, [reader.encode(question, 12)], sampling)[0] + "\n"
 
 
 @pytest.mark.soak
