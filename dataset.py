@@ -286,6 +286,7 @@ class DataCollatorWithoutPadding:
     """
 
     responses_only: bool = False
+    with_lengths: bool = False  # as "example_lengths", a list, for `attention.sdpa_by_example`
 
     def __call__(self, instances: Sequence[dict[str, torch.Tensor]]) -> dict[str, Any]:
         instances = instances or [_BLANK]
@@ -302,6 +303,8 @@ class DataCollatorWithoutPadding:
         bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
         batch |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
         batch |= {"max_length_q": int(lengths.max()), "max_length_k": int(lengths.max())}
+        if self.with_lengths:
+            batch["example_lengths"] = lengths.tolist()
         if self.responses_only:
             batch["logits_to_keep"] = (labels[1:] != IGNORE_INDEX).nonzero()[:, 0]
             batch["shift_labels"] = labels[1:][batch["logits_to_keep"]][None]

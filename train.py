@@ -29,6 +29,7 @@ from arguments import (
     choose_layers_to_wrap,
     parse_arguments,
 )
+from attention import BY_EXAMPLE
 from callbacks import ProgressBar, ShardingCheck, SpaceCheck, StepWatch
 from checkpoints import (
     find_checkpoint,
@@ -171,11 +172,11 @@ class AlpacaTrainer(Trainer):
 
 
 @torch.no_grad()
-def keeps_examples_apart(config: transformers.PretrainedConfig) -> bool:
+def keeps_examples_apart(config: transformers.PretrainedConfig, attention: str | None = None) -> bool:
     """Whether this kind of model computes examples laid end to end exactly as it computes each of them alone.
 
-    Tried out on a narrow copy with one layer of each type and random weights, in a moment. A model that can't be
-    narrowed or run like this counts as one that does not.
+    `attention` is a kernel's name, None the library's choice. Tried out on a narrow copy with one layer of each type
+    and random weights, in a moment. A model that can't be narrowed or run like this counts as one that does not.
     """
     small = copy.deepcopy(config)
     lengths = (5, 9, 2)
@@ -187,15 +188,17 @@ def keeps_examples_apart(config: transformers.PretrainedConfig) -> bool:
         narrow = {"num_hidden_layers": len(kinds) if kinds else 2, "layer_types": kinds, "hidden_size": 2 * head}
         narrow |= {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 64, "pad_token_id": 0}
         narrow |= {"intermediate_size": 64, "moe_intermediate_size": 8}
+        narrow |= {"sliding_window": 4, "attention_chunk_size": 4}  # which attention by example would not see
         narrow |= {"initializer_range": 0.3}  # so large that mixing would show
         for name, value in narrow.items():
             if getattr(small, name, None) is not None:
                 setattr(small, name, value)
+        small._attn_implementation = attention
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](small).float().eval()
             examples = [{"input_ids": (ids := torch.randint(1, 64, (n,))), "labels": ids.clone()} for n in lengths]
-        batch = DataCollatorWithoutPadding(responses_only=True)(examples)
+        batch = DataCollatorWithoutPadding(responses_only=True, with_lengths=attention == BY_EXAMPLE)(examples)
         outputs = model(**batch)
         together = outputs.logits[0]  # (K, 64): all positions but the last of each example
         alone = torch.cat([model(example["input_ids"][None], use_cache=False).logits[0, :-1] for example in examples])
@@ -206,6 +209,29 @@ def keeps_examples_apart(config: transformers.PretrainedConfig) -> bool:
         torch.set_num_threads(threads)
     same_loss = torch.isclose(outputs.loss, loss, rtol=1e-4)
     return bool(same_loss and (together - alone).abs().max() <= 1e-4 * alone.abs().max())
+
+
+def choose_collator(
+    config: transformers.PretrainedConfig,
+    tokenizer: Any,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+) -> Any:
+    """Batches without padding where the model keeps examples apart, with the fastest attention that does.
+
+    Sets `attn_implementation` where none is given. torch.compile would compile anew for each batch's lengths.
+    """
+    if not data_args.padding_free:
+        return DataCollatorForSupervisedDataset(tokenizer)
+    free = model_args.attn_implementation is None and not training_args.torch_compile
+    if free and keeps_examples_apart(config, BY_EXAMPLE):
+        model_args.attn_implementation = BY_EXAMPLE
+        return DataCollatorWithoutPadding(with_lengths=True)
+    if keeps_examples_apart(config):
+        return DataCollatorWithoutPadding()
+    notice(f"batches are padded: {config.model_type} would mix examples that lie end to end (--padding_free False)")
+    return DataCollatorForSupervisedDataset(tokenizer)
 
 
 def load_tokenizer(model_args: ModelArguments, training_args: TrainingArguments) -> Any:
@@ -280,7 +306,8 @@ def merge_adapters(model_args: ModelArguments, training_args: TrainingArguments,
 
 def estimate_memory(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
     config = from_pretrained(transformers.AutoConfig, model_args.model_name_or_path, cache_dir=training_args.cache_dir)
-    padding_free = data_args.padding_free and keeps_examples_apart(config)
+    collator = choose_collator(config, None, model_args, data_args, training_args)
+    padding_free = isinstance(collator, DataCollatorWithoutPadding)
     plan = memory.read_plan(model_args, training_args, padding_free)
     present = torch.cuda.get_device_properties(0).total_memory / memory.GIB if torch.cuda.is_available() else None
     if training_args.process_index == 0:
@@ -309,9 +336,7 @@ def train() -> None:
     )
     config = from_pretrained(transformers.AutoConfig, model_args.model_name_or_path, cache_dir=training_args.cache_dir)
     choose_layers_to_wrap(training_args, config)
-    if data_args.padding_free and not keeps_examples_apart(config):
-        notice(f"batches are padded: {config.model_type} would mix examples that lie end to end (--padding_free False)")
-        data_module["data_collator"] = DataCollatorForSupervisedDataset(tokenizer)
+    data_module["data_collator"] = choose_collator(config, tokenizer, model_args, data_args, training_args)
     model = load_model(model_args, training_args)
     resize_embeddings(model, tokenizer, num_new_tokens)
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id

@@ -42,8 +42,8 @@ from transformers import HfArgumentParser, Trainer, TrainerCallback
 import memory
 from arguments import DataArguments, ModelArguments, TrainingArguments
 from callbacks import peak_flops
-from dataset import DataCollatorForSupervisedDataset, DataCollatorWithoutPadding, SupervisedDataset, TokenizedTexts
-from train import AlpacaTrainer, add_adapters
+from dataset import DataCollatorForSupervisedDataset, SupervisedDataset, TokenizedTexts
+from train import AlpacaTrainer, add_adapters, choose_collator
 
 # Tokens of the 52,002 examples, prompt and response, in the LLaMA tokenizer: the middle of each 64th of them.
 LENGTHS = [
@@ -88,16 +88,13 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def build_model(name: str, layers: int | None, dtype: str, attention: str, device: torch.device) -> Any:
-    config = (
-        transformers.LlamaConfig(**LLAMA_7B) if name == "llama-7b" else transformers.AutoConfig.from_pretrained(name)
-    )
-    config.num_hidden_layers = layers or config.num_hidden_layers
+def build_model(config: Any, model_args: ModelArguments, device: torch.device) -> Any:
     transformers.set_seed(0)
     with device:
-        return transformers.AutoModelForCausalLM.from_config(
-            config, dtype=getattr(torch, dtype), attn_implementation=attention
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, model_args.dtype), attn_implementation=model_args.attn_implementation
         )
+    return add_adapters(model, model_args, seed=0) if model_args.lora_r else model
 
 
 def measure(way: str, flags: str, bench: argparse.Namespace) -> dict[str, Any]:
@@ -108,19 +105,19 @@ def measure(way: str, flags: str, bench: argparse.Namespace) -> dict[str, Any]:
         parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
         model_args, data_args, args = parser.parse_args_into_dataclasses([*recipe, *shlex.split(flags), *fixed])
         args.gradient_accumulation_steps = bench.step_examples // args.per_device_train_batch_size
-        attention = model_args.attn_implementation or "sdpa"
-        model = build_model(bench.model, bench.layers, model_args.dtype, attention, args.device)
-        shape = memory.read_shape(model.config, model_args.lora_target_modules)
-        if model_args.lora_r:
-            model = add_adapters(model, model_args, seed=0)
-        data = SyntheticDataset(bench.steps * bench.step_examples, model.config.vocab_size)
+        config = transformers.LlamaConfig(**LLAMA_7B)
+        if bench.model != "llama-7b":
+            config = transformers.AutoConfig.from_pretrained(bench.model)
+        config.num_hidden_layers = bench.layers or config.num_hidden_layers
         tokenizer = type("Tokenizer", (), {"pad_token_id": 0})
         padded = DataCollatorForSupervisedDataset(tokenizer)
+        collator = padded if way == "then" else choose_collator(config, tokenizer, model_args, data_args, args)
+        model = build_model(config, model_args, args.device)
+        data = SyntheticDataset(bench.steps * bench.step_examples, config.vocab_size)
         clock, common = Clock(), {"model": model, "args": args, "train_dataset": data}
         if way == "then":
             trainer = Trainer(**common, data_collator=padded, callbacks=[clock])
         else:
-            collator = DataCollatorWithoutPadding() if data_args.padding_free else padded
             balance = data_args.balance_tokens
             trainer = AlpacaTrainer(**common, data_collator=collator, balance_tokens=balance, callbacks=[clock])
         slots = [0]  # tokens and padding that the model was given
@@ -134,9 +131,10 @@ def measure(way: str, flags: str, bench: argparse.Namespace) -> dict[str, Any]:
             losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         cuda = args.device.type == "cuda"
         # The estimate for the fullest micro-batch that there was, laid end to end or padded to one width.
-        rows = 1 if way != "then" and data_args.padding_free else args.per_device_train_batch_size
-        plan = memory.read_plan(model_args, args, padding_free=rows == 1)
-        plan = dataclasses.replace(plan, batch_size=rows, length=max(slots) // rows, eager=attention == "eager")
+        rows = args.per_device_train_batch_size if collator is padded else 1
+        plan = memory.read_plan(model_args, args, padding_free=collator is not padded)
+        plan = dataclasses.replace(plan, batch_size=rows, length=max(slots) // rows)
+        shape = memory.read_shape(config, model_args.lora_target_modules)
         peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return {
             "seconds": clock.seconds,

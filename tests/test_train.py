@@ -109,7 +109,7 @@ def test_readme_command(command, llama, opt, tmp_path):
     ):
         assert said.count(line) == 1, said
     assert ("LLaMADecoderLayer is written LlamaDecoderLayer" in said) == ("LLaMADecoderLayer" in command)
-    assert said.count("batches are padded: opt would mix examples") == ("OPTDecoderLayer" in command)
+    assert "batches are padded" not in said
 
 
 @pytest.mark.parametrize(("processes", "batches"), [(2, ""), (1, "2023"), (2, "2023")])
