@@ -39,7 +39,7 @@ class Sampling:
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments of `generate`. top_k is off: it would otherwise be 50 without anyone asking."""
-        if self.temperature == 0:
+        if self.temperature < 0.001:  # 0, or so little that logits divided by it overflow
             return {"max_new_tokens": self.max_new_tokens, "do_sample": False}
         return {
             "max_new_tokens": self.max_new_tokens,

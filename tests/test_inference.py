@@ -134,7 +134,7 @@ def test_sampling_follows_its_seed(taught):
     assert result.returncode == 0 and result.stdout == sample() + "\n"
     greedy = sample(temperature=0)
     assert sample() not in (sample(seed=8), greedy)
-    assert sample(temperature=0, seed=8) == greedy == sample(top_p=1e-6)
+    assert sample(temperature=0, seed=8) == greedy == sample(top_p=1e-6) == sample(temperature=1e-40)
     assert sample(max_new_tokens=3) == sample()[: len(sample(max_new_tokens=3))] != sample()
 
 
