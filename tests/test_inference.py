@@ -322,7 +322,10 @@ def test_the_prompt_loop(taught, terminal):
     assert ":input" in answer(":help\n")
     assert answer("\n") == ""
     assert "error: the prompt's" in answer("word " * 200 + "\n")
-    loop.type("Forget this\x03")
+    loop.type("Forget this")
+    loop.read_until("Forget this")
+    time.sleep(0.5)  # readline sees a signal at once only while it waits for a key
+    loop.type("\x03")
     loop.read_until("\n> ")
     assert answer("Name a colour.\n") == "Blue.\n"
     loop.type(":quit\n")
