@@ -31,9 +31,13 @@ soak: .venv/installed-dev
 
 # Each ends in a line of JSON; benchmarks/README.md has results.
 bench: .venv/installed-dev
+	python benchmarks/bench_train.py
 	python benchmarks/bench_tokenize.py
 	python benchmarks/bench_weight_diff.py
 	python benchmarks/bench_dedup.py
+	python benchmarks/bench_growth.py
+	python benchmarks/bench_startup.py
+	python benchmarks/plan_sharding.py
 
 lint: .venv/installed-dev
 	ruff check .

@@ -40,7 +40,7 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "Attention kernel: sdpa, eager, or flash_attention_2 and others whose packages are installed. "
-            "The default is the library's choice."
+            "By default, each example by itself where the model allows that, else the library's choice."
         },
     )
     pad_token: str | None = field(

@@ -18,6 +18,7 @@ from tqdm import tqdm
 BENCH = Path(__file__).resolve().parent / "bench_train.py"
 SAVING = "--bf16 True --tf32 True --gradient_checkpointing True"
 FUSED = f"{SAVING} --optim adamw_torch_fused"
+WHOLE = "--bf16 True --tf32 True --optim adamw_torch_fused"
 BF16 = "--bf16 True --dtype bfloat16 --optim adamw_torch_fused"
 # Name, departure from the recipe, which way of bench_train.py, its flags.
 SETTINGS = [
@@ -35,7 +36,9 @@ SETTINGS = [
         f"{FUSED} --per_device_train_batch_size 16 --attn_implementation flash_attention_2",
     ),
     ("ours, 16, torch.compile", "", "ours", f"{FUSED} --per_device_train_batch_size 16 --torch_compile True"),
-    ("ours, 4, nothing recomputed", "", "ours", "--bf16 True --optim adamw_torch_fused"),
+    ("ours, 4, nothing recomputed", "", "ours", f"{WHOLE} --per_device_train_batch_size 4"),
+    ("ours, 8, nothing recomputed", "", "ours", f"{WHOLE} --per_device_train_batch_size 8"),
+    ("ours, 16, nothing recomputed", "", "ours", f"{WHOLE} --per_device_train_batch_size 16"),
     (
         "bf16 weights, 8, nothing recomputed",
         "weights rounded to bf16",
