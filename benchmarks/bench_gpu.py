@@ -51,6 +51,12 @@ SETTINGS = [
         "ours",
         "--bf16 True --optim adamw_bnb_8bit --per_device_train_batch_size 8",
     ),
+    (
+        "FSDP with CPU offload, 16",
+        "",
+        "ours",
+        f"{SAVING} --per_device_train_batch_size 16 --fsdp 'full_shard auto_wrap offload'",
+    ),
     ("LoRA 16, 8", "adapters only", "ours", f"{BF16} --lora_r 16 --per_device_train_batch_size 8"),
 ]
 COLUMNS = ("useful_tokens_per_second", "mfu", "padding_share", "minutes_for_52k_x_3", "peak_gib", "estimated_gib")
@@ -75,7 +81,10 @@ def main() -> None:
         command = [sys.executable, str(BENCH), *options, "--ways", way, "--then" if way == "then" else "--ours", flags]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            reason = done.stderr.strip().splitlines()[-1][:200]
+            lines = done.stderr.strip().splitlines()
+            reason = next(
+                (line for line in reversed(lines) if "rror" in line and "ChildFailed" not in line), lines[-1]
+            )[:200]
             result, cells = {"failed": reason}, [f"failed: {reason}", *[""] * (len(COLUMNS) - 1)]
         else:
             result = json.loads(done.stdout.splitlines()[-1])

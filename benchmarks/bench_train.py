@@ -40,7 +40,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser, Trainer, TrainerCallback
 
 import memory
-from arguments import DataArguments, ModelArguments, TrainingArguments
+from arguments import DataArguments, ModelArguments, TrainingArguments, choose_layers_to_wrap
 from callbacks import peak_flops
 from dataset import DataCollatorForSupervisedDataset, SupervisedDataset, TokenizedTexts
 from train import AlpacaTrainer, add_adapters, choose_collator
@@ -112,7 +112,9 @@ def measure(way: str, flags: str, bench: argparse.Namespace) -> dict[str, Any]:
         tokenizer = type("Tokenizer", (), {"pad_token_id": 0})
         padded = DataCollatorForSupervisedDataset(tokenizer)
         collator = padded if way == "then" else choose_collator(config, tokenizer, model_args, data_args, args)
-        model = build_model(config, model_args, args.device)
+        choose_layers_to_wrap(args, config)
+        # What is sharded or offloaded must not lie on the GPU as a whole first.
+        model = build_model(config, model_args, args.device if args.sharding == "none" else torch.device("cpu"))
         data = SyntheticDataset(bench.steps * bench.step_examples, config.vocab_size)
         clock, common = Clock(), {"model": model, "args": args, "train_dataset": data}
         if way == "then":
@@ -227,7 +229,9 @@ def main() -> None:
     results = {way: [] for way in ways}
     for _ in tqdm(range(bench.rounds), desc="rounds", disable=None):
         for way in ways:
-            command = [sys.executable, __file__, *sys.argv[1:], "--measure", way]
+            sharded = "--fsdp" in flags[way] or "--deepspeed" in flags[way]  # neither starts without a launcher
+            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"] if sharded else []
+            command = [sys.executable, *launcher, __file__, *sys.argv[1:], "--measure", way]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 sys.exit(f"error: {way} failed:\n{done.stderr[-3000:]}")
