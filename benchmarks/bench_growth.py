@@ -29,9 +29,11 @@ sys.path.insert(0, str(ROOT))
 import accelerate
 import transformers
 
-from dataset import BalancedBatchSampler, DataCollatorWithoutPadding, SupervisedDataset, load_examples
-from train import AlpacaTrainer, TrainingArguments
-from utils import complete_tokenizer
+from alpaca.data.examples import SupervisedDataset, load_examples
+from alpaca.training.arguments import TrainingArguments
+from alpaca.training.batches import BalancedBatchSampler, DataCollatorWithoutPadding
+from alpaca.training.special_tokens import complete_tokenizer
+from alpaca.training.trainer import AlpacaTrainer
 
 STEP = 128  # examples
 STAGES = {

@@ -20,8 +20,9 @@ sys.path.insert(0, str(ROOT))
 
 import transformers
 
-from dataset import load_examples, tokenize
-from utils import complete_tokenizer, format_prompt
+from alpaca.data.examples import load_examples, tokenize
+from alpaca.prompts import format_prompt
+from alpaca.training.special_tokens import complete_tokenizer
 
 
 def one_call_an_example(sources, targets, tokenizer):

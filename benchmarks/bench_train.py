@@ -39,11 +39,14 @@ import transformers
 from tqdm import tqdm
 from transformers import HfArgumentParser, Trainer, TrainerCallback
 
-import memory
-from arguments import DataArguments, ModelArguments, TrainingArguments, choose_layers_to_wrap
-from callbacks import peak_flops
-from dataset import DataCollatorForSupervisedDataset, SupervisedDataset, TokenizedTexts
-from train import AlpacaTrainer, add_adapters, choose_collator
+from alpaca.data.examples import SupervisedDataset, TokenizedTexts
+from alpaca.training import memory
+from alpaca.training.arguments import DataArguments, ModelArguments, TrainingArguments, choose_layers_to_wrap
+from alpaca.training.attention import choose_collator
+from alpaca.training.batches import DataCollatorForSupervisedDataset
+from alpaca.training.callbacks import peak_flops
+from alpaca.training.lora import add_adapters
+from alpaca.training.trainer import AlpacaTrainer
 
 # Tokens of the 52,002 examples, prompt and response, in the LLaMA tokenizer: the middle of each 64th of them.
 LENGTHS = [

@@ -30,8 +30,8 @@ sys.path.insert(0, str(ROOT))
 
 import transformers
 
-import memory
-from callbacks import peak_flops
+from alpaca.training import memory
+from alpaca.training.callbacks import peak_flops
 
 # Name → memory in GiB as CUDA reports it, NVLink in GB/s in each direction (the vendor's data sheets give both
 # directions together: 600 for the A100, 900 for the H100 and the H200).

@@ -1,0 +1,1 @@
+"""The rooms behind the scripts, one a job."""

@@ -1,0 +1,138 @@
+"""What a generation run has paid for: the log that keeps every answer, and the meter that counts against limits."""
+
+import collections
+import hashlib
+import json
+import os
+from typing import Any
+
+from alpaca.common import ExitCode, ExpectedError, sync_directory
+
+BATCH_PRICE = 0.5  # what the Batch API costs of the usual price
+
+
+class Meter:
+    """Requests, tokens and money of a run, against its limits (None: no limit). Prices are per million tokens."""
+
+    def __init__(
+        self,
+        max_requests: int | None = None,
+        max_tokens_total: int | None = None,
+        price_in: float | None = None,
+        price_out: float | None = None,
+        max_cost: float | None = None,
+    ):
+        self.max_requests, self.max_tokens_total, self.max_cost = max_requests, max_tokens_total, max_cost
+        self.prices = {"prompt_tokens": price_in or 0.0, "completion_tokens": price_out or 0.0}
+        self.requests = self.in_flight = self.tokens = 0
+        self.cost = 0.0
+        self.faults: collections.Counter[str] = collections.Counter()
+        self.largest = {"prompt_tokens": 0, "completion_tokens": 0}  # what one request may use at most
+
+    def price(self, usage: dict[str, int], batch: bool = False) -> float:
+        """What `usage` costs; the Batch API takes half."""
+        cost = sum(usage[name] * price for name, price in self.prices.items()) / 1e6
+        return cost * BATCH_PRICE if batch else cost
+
+    def exhausted(self, more: int = 1, batch: bool = False) -> str | None:
+        """The flag whose limit `more` further requests could exceed, those in flight included; None if there is none.
+
+        Each request is taken for the largest possible, so that no limit is ever exceeded.
+        """
+        unsettled = self.in_flight + more
+        if self.max_requests is not None and self.requests + more > self.max_requests:
+            return "max_requests"
+        if self.max_tokens_total is not None:
+            if self.tokens + unsettled * sum(self.largest.values()) > self.max_tokens_total:
+                return "max_tokens_total"
+        if self.max_cost is not None and self.cost + unsettled * self.price(self.largest, batch) > self.max_cost:
+            return "max_cost"
+        return None
+
+    def count_request(self) -> None:
+        """Count an attempt before it is sent. Raises ExpectedError (BUDGET) where max_requests forbids it."""
+        if self.max_requests is not None and self.requests >= self.max_requests:
+            raise budget_error("max_requests")
+        self.requests += 1
+
+    def used(self, usage: dict[str, int], batch: bool = False) -> None:
+        self.tokens += sum(usage.values())
+        self.cost += self.price(usage, batch)
+
+    def read(self, record: dict[str, Any]) -> None:
+        """Count a record of the log: limits are for the whole output directory, over all its processes."""
+        if "request" not in record:
+            return
+        self.requests += 1
+        self.used(record["usage"], record["batch"])
+        if "fault" in record:
+            self.faults[record["fault"]] += 1
+
+
+def budget_error(flag: str) -> ExpectedError:
+    return ExpectedError(
+        f"--{flag} is used up; everything so far is saved: raise it and run the same command again to go on",
+        ExitCode.BUDGET,
+    )
+
+
+_CHECKSUM = b', "checksum": "%b"}\n'
+_CHECKSUM_LENGTH = len(_CHECKSUM % bytes(16))
+
+
+def _checksum(line: bytes) -> bytes:
+    return hashlib.blake2b(line, digest_size=8).hexdigest().encode()
+
+
+class Log:
+    """An append-only file of JSON records, each synced before `append` returns, each with a checksum of its own line.
+
+    Private (0600), since answers are in it. Opening it cuts off a torn last line, which a killed process may leave;
+    damage anywhere else raises ExpectedError (INTEGRITY). `records` holds what was there when it was opened.
+    """
+
+    def __init__(self, path: str):
+        new = not os.path.exists(path)
+        self._path = path
+        self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        os.fchmod(self._handle, 0o600)
+        if new:
+            sync_directory(os.path.dirname(path) or ".")
+        self.records: list[dict[str, Any]] = []
+        self.cut_off = 0  # bytes of a torn last line
+        self._end = 0
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):
+                    self.cut_off = len(line)
+                    os.ftruncate(self._handle, self._end)
+                    os.fsync(self._handle)
+                    break
+                content = line[:-_CHECKSUM_LENGTH]
+                if line != content + _CHECKSUM % _checksum(content):
+                    os.close(self._handle)
+                    raise ExpectedError(
+                        f"{path}: line {number} (at byte {self._end}) is damaged; restore the file from a copy, or cut "
+                        f"it off there to ask again for what follows: truncate -s {self._end} {path}",
+                        ExitCode.INTEGRITY,
+                    )
+                self.records.append(json.loads(content + b"}"))
+                self._end += len(line)
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Write and sync one record. Where the disk is full nothing of it stays, and OSError is raised."""
+        content = json.dumps(record).encode()[:-1]
+        line = content + _CHECKSUM % _checksum(content)
+        try:
+            written = 0
+            while written < len(line):
+                written += os.write(self._handle, line[written:])
+            os.fsync(self._handle)
+        except OSError as error:
+            os.ftruncate(self._handle, self._end)
+            error.filename = self._path
+            raise
+        self._end += len(line)
+
+    def close(self) -> None:
+        os.close(self._handle)

@@ -1,0 +1,333 @@
+"""What train.py leaves in its output directory, and how that stays whole whenever the run is killed.
+
+    out/checkpoint-500/…     all that resuming needs, and manifest.json
+    out/config.json, model*.safetensors, tokenizer*, …, manifest.json     the final model
+    out/run.json             what the run was: arguments, versions, commit, data
+
+A manifest names every file of its directory with size and hash. It is written last, when the files are on the disk, so
+a directory without one, or one whose files differ from it, is not used. The hashes (xxh3-128, about 10 GB/s a core)
+find damage; they are no signature.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from tqdm import tqdm
+
+from alpaca.common import ROOT, ExitCode, ExpectedError, disk_problem, jdump, notice, sync_directory
+from alpaca.weights.files import CARRIED_FILES, WEIGHT_FILES, sha256_of_file
+
+MANIFEST = "manifest.json"
+STAGED = ".model-being-saved"  # lies in the output directory, so that renaming moves files out of it
+OTHER_MODEL_FILES = re.compile(r"training_args\.bin|adapter_.*|weight_diff\.json")
+_CONFIGS = ("config.json", "adapter_config.json")  # without which a model, or an adapter, does not load
+GIB = 2**30
+_PIECE = 2**24  # bytes hashed at a time
+
+
+@contextlib.contextmanager
+def writing(directory: str | os.PathLike) -> Iterator[None]:
+    """Save into `directory`; when the disk refuses, remove what is there of it and raise ExpectedError (exit 8)."""
+    try:
+        yield
+    except Exception as error:  # safetensors, tokenizers and torch raise errors of their own
+        if not (problem := disk_problem(error)):
+            raise
+        shutil.rmtree(directory, ignore_errors=True)
+        full = ExpectedError(
+            f"{problem}: {directory}. What was saved before is whole: free some space, and "
+            "--resume_from_checkpoint last goes on from there",
+            ExitCode.DISK,
+        )
+        if os.environ.get("LOCAL_RANK", "0") != "0":  # the process that speaks for the others need not know of it
+            print(f"error: {full}", file=sys.stderr, flush=True)
+        raise full
+
+
+def write_manifest(directory: str | os.PathLike, **facts: Any) -> None:
+    """Declare a directory complete: every file in it is synced, hashed, and named beside `facts` in its manifest."""
+    directory = Path(directory)
+    paths = sorted(path for path in directory.rglob("*") if path.is_file() and path != directory / MANIFEST)
+    digests = _hash_all(paths, f"manifest of {directory.name}", sync=True)
+    for folder in {path.parent for path in paths} | {directory.parent}:
+        sync_directory(folder)
+    files = {
+        str(path.relative_to(directory)): {"size": path.stat().st_size, "xxh3_128": digest}
+        for path, digest in zip(paths, digests, strict=True)
+    }
+    body = {**facts, "saved_at_ns": time.time_ns(), "files": files}
+    jdump({**body, "manifest_xxh3_128": _hash_of(body)}, directory / MANIFEST, indent=1)
+
+
+def _hash_all(paths: list[Path], title: str, sync: bool = False) -> list[str]:
+    def job(path: Path) -> str:
+        digest = xxhash.xxh3_128()
+        with open(path, "rb") as file:
+            if sync:
+                os.fsync(file.fileno())
+            while piece := file.read(_PIECE):
+                digest.update(piece)
+                progress.update(len(piece))
+        return digest.hexdigest()
+
+    total = sum(path.stat().st_size for path in paths)
+    with (
+        tqdm(total=total, desc=title, unit="B", unit_scale=True, leave=False, disable=total < GIB or None) as progress,
+        ThreadPoolExecutor(4) as pool,  # reading and hashing free Python's lock
+    ):
+        return list(pool.map(job, paths))
+
+
+def _hash_of(body: dict[str, Any]) -> str:
+    return xxhash.xxh3_128(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def read_manifest(directory: str | os.PathLike) -> dict[str, Any]:
+    """A directory's manifest. Raises ExpectedError (exit 7) when it is missing or not as it was written."""
+    try:
+        body = json.loads((Path(directory) / MANIFEST).read_bytes())
+        if body.pop("manifest_xxh3_128") == _hash_of(body):
+            return body
+    except FileNotFoundError:
+        raise ExpectedError(f"{directory} is incomplete: it has no {MANIFEST}", ExitCode.INTEGRITY)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise ExpectedError(f"{directory} is damaged: {MANIFEST} is not as it was written", ExitCode.INTEGRITY)
+
+
+def verify(directory: str | os.PathLike) -> dict[str, Any]:
+    """Read every file of a directory and return its manifest. Raises ExpectedError (exit 7) that names what differs."""
+    directory, manifest = Path(directory), read_manifest(directory)
+    paths = [directory / name for name in manifest["files"]]
+    for path, entry in zip(paths, manifest["files"].values(), strict=True):
+        if not path.is_file():
+            raise ExpectedError(f"{directory} is damaged: {path.name} is missing", ExitCode.INTEGRITY)
+        if path.stat().st_size != entry["size"]:
+            sizes = f"{path.stat().st_size:,} bytes and not {entry['size']:,}"
+            raise ExpectedError(f"{directory} is damaged: {path.name} has {sizes}", ExitCode.INTEGRITY)
+    digests = _hash_all(paths, f"check {directory.name}")
+    for path, digest, entry in zip(paths, digests, manifest["files"].values(), strict=True):
+        if digest != entry["xxh3_128"]:
+            raise ExpectedError(f"{directory} is damaged: the contents of {path.name} changed", ExitCode.INTEGRITY)
+    return manifest
+
+
+def checkpoints_in(output_dir: str | os.PathLike) -> list[Path]:
+    """Every checkpoint-N directory, whole or not, by step."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name[11:].isdecimal() and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name[11:]))
+
+
+def remove_checkpoint(directory: Path) -> None:
+    """The manifest goes first, so that what a kill leaves of the rest is not taken for a checkpoint."""
+    (directory / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def finish_checkpoint(directory: Path, limit: int | None, best: str | None, **facts: Any) -> None:
+    """Declare a checkpoint complete, and only then remove what `limit` (--save_total_limit) leaves no room for.
+
+    It and the `best` one stay. Of the others those without a manifest go first, then the oldest.
+    """
+    write_manifest(directory, **facts)
+    if not limit or limit < 0:
+        return
+    keep = {directory} | ({Path(best)} if best else set())
+    others = [path for path in checkpoints_in(directory.parent) if path not in keep]
+    others.sort(key=lambda path: (path / MANIFEST).stat().st_mtime_ns if (path / MANIFEST).exists() else 0)
+    for path in others[: max(0, len(others) + len(keep) - limit)]:
+        remove_checkpoint(path)
+
+
+def find_checkpoint(resume: str | bool | None, output_dir: str | os.PathLike, sharding: str) -> str | None:
+    """The directory that --resume_from_checkpoint means: None for a start from the beginning.
+
+    `resume` is a path, True (the newest one), or "last" (the newest one if there is any). Those that are incomplete or
+    damaged are named and skipped. `sharding` is how this run shards ("none", "fsdp", "deepspeed"), which says how a
+    checkpoint's optimizer state is laid out. Raises ExpectedError: exit 7 for a damaged path, 2 for one that this run
+    can't use.
+    """
+    if resume in (None, False, "False", "false"):
+        if present := checkpoints_in(output_dir):
+            notice(
+                f"starting from the beginning; {output_dir} holds {', '.join(path.name for path in present)}, and "
+                "--resume_from_checkpoint last would go on from there"
+            )
+        return None
+    if resume not in (True, "True", "true", "last"):
+        if not os.path.isdir(resume):
+            raise ExpectedError(
+                f"--resume_from_checkpoint {resume} is no directory; give a checkpoint, or last", ExitCode.USAGE
+            )
+        try:
+            manifest = verify(resume)
+        except ExpectedError as error:
+            raise ExpectedError(
+                f"{error}; --resume_from_checkpoint last takes the newest whole one", ExitCode.INTEGRITY
+            )
+        return _usable(Path(resume), manifest, sharding)
+    manifests = {}
+    for path in checkpoints_in(output_dir):
+        try:
+            manifests[path] = read_manifest(path)
+        except ExpectedError as error:
+            notice(f"{error}; skipped")
+    for path in sorted(manifests, key=lambda path: manifests[path]["saved_at_ns"], reverse=True):
+        try:
+            return _usable(path, verify(path), sharding)
+        except ExpectedError as error:
+            if error.exit_code != ExitCode.INTEGRITY:
+                raise
+            notice(f"{error}; skipped")
+    if resume != "last":
+        raise ExpectedError(
+            f"--resume_from_checkpoint {resume}: {output_dir} has no whole checkpoint; last would start from the "
+            "beginning",
+            ExitCode.USAGE,
+        )
+    notice(f"{output_dir} has no whole checkpoint to go on from; starting from the beginning")
+    return None
+
+
+def _usable(directory: Path, manifest: dict[str, Any], sharding: str) -> str:
+    if manifest.get("sharding") not in ("none", "fsdp", "deepspeed"):
+        raise ExpectedError(f"{directory} holds a model and no training state; give a checkpoint-N", ExitCode.USAGE)
+    if not manifest["has_optimizer"]:
+        raise ExpectedError(
+            f"{directory} holds no optimizer state (--save_only_model), and going on without it would be another run",
+            ExitCode.USAGE,
+        )
+    if manifest["sharding"] != sharding:
+        flags = {"none": "neither --fsdp nor --deepspeed", "fsdp": "--fsdp", "deepspeed": "--deepspeed"}
+        raise ExpectedError(
+            f"{directory} was saved with {flags[manifest['sharding']]} and this run has {flags[sharding]}; its "
+            "optimizer state only loads with the same",
+            ExitCode.USAGE,
+        )
+    if manifest["processes"] != (now := int(os.environ.get("WORLD_SIZE", "1"))):
+        notice(
+            f"{directory} was saved by {manifest['processes']} processes and goes on with {now}: the examples of a "
+            "step change with nproc_per_node × batch × accumulation, and random numbers start anew"
+        )
+    notice(f"going on from {directory}")
+    return str(directory)
+
+
+def stage_model(output_dir: str | os.PathLike) -> str:
+    """An empty directory to save a model into, for `publish_model` to put in place."""
+    staged = Path(output_dir) / STAGED
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    return str(staged)
+
+
+def publish_model(output_dir: str | os.PathLike) -> None:
+    """Put the staged model in the place of the one in the output directory.
+
+    All of the old model is removed before any of the new comes, and config.json (an adapter's adapter_config.json),
+    without which nothing loads, leaves first and comes last but for the manifest. A kill leaves the old, the new, or
+    something that does not load, with the new one whole in the staging directory.
+    """
+    output_dir = Path(output_dir)
+    staged = output_dir / STAGED
+    with writing(staged):
+        write_manifest(staged)
+    old = {
+        path.name
+        for path in output_dir.iterdir()
+        for names in (CARRIED_FILES, WEIGHT_FILES, OTHER_MODEL_FILES)
+        if names.fullmatch(path.name)
+    }
+    try:
+        old |= {Path(name).parts[0] for name in read_manifest(output_dir)["files"]}
+    except ExpectedError:
+        pass  # the old model, if any, was not saved by this script
+    new = {path.name for path in staged.iterdir()}
+    for name in sorted(old | new, key=lambda name: (name != MANIFEST, name not in _CONFIGS, name)):
+        path = output_dir / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    sync_directory(output_dir)
+    for name in sorted(new, key=lambda name: (name == MANIFEST, name in _CONFIGS, name)):
+        if name == MANIFEST:
+            sync_directory(output_dir)
+        os.rename(staged / name, output_dir / name)
+    staged.rmdir()
+    sync_directory(output_dir)
+
+
+def check_space(output_dir: str | os.PathLike, checkpoint: int, model: int, to_come: int, limit: int | None) -> None:
+    """Raise ExpectedError (exit 8) when the disk can't take what a run will save. Sizes in bytes.
+
+    A new checkpoint is complete before an old one goes, so `limit` of them need room for one more. Those that are
+    there already have theirs.
+    """
+    there = len(checkpoints_in(output_dir))
+    at_once = min(to_come, max(1, limit + 1 - there)) if limit else to_come
+    needed, free = at_once * checkpoint + model, shutil.disk_usage(output_dir).free
+    if needed > free:
+        raise ExpectedError(
+            f"{output_dir} has {free / GIB:.1f} GiB free, and this run will need about {needed / GIB:.1f}: "
+            f"{at_once} checkpoints of {checkpoint / GIB:.2f} GiB and a model of {model / GIB:.2f}. Free some space, "
+            "save less often (--save_steps), keep fewer (--save_total_limit), or choose another directory",
+            ExitCode.DISK,
+        )
+
+
+def record_run(
+    model_args: Any, data_args: Any, training_args: Any, dataset: Any, parameters: int, resumed_from: str | None
+) -> None:
+    """Write run.json, which says what a run was. `dataset` is the SupervisedDataset that is trained on."""
+    versions = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "accelerate", "deepspeed", "peft", "tokenizers", "safetensors", "numpy"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            pass
+    texts, rows = dataset.texts, dataset.rows
+    trained_on = texts.lengths[rows] - texts.prompt_lengths[rows]
+    data_path = data_args.data_path
+    facts = {
+        "arguments": {**vars(model_args), **vars(data_args), **training_args.to_dict()},
+        "resumed_from": resumed_from,
+        "data": {
+            "path": data_path,
+            "sha256": sha256_of_file(data_path) if os.path.isfile(data_path) else None,  # a Hub data set has none
+            "records": len(texts.lengths),
+            "left_out": len(dataset.dropped),
+            "examples": len(rows),  # trained on; those of --val_size are not among them
+            "tokens": int(texts.lengths[rows].sum()),  # an epoch's
+            "label_tokens": int(trained_on.sum()),  # of these, those that are learnt
+        },
+        "parameters": parameters,
+        "processes": training_args.world_size,
+        "versions": versions,
+        "git": _git_state(),
+    }
+    jdump(facts, os.path.join(training_args.output_dir, "run.json"))
+
+
+def _git_state() -> dict[str, Any] | None:
+    """{"commit", "changed": files that differ from it}, or None where this is no git checkout."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", os.fspath(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no").splitlines()
+        return {"commit": git("rev-parse", "HEAD").strip(), "changed": [line[3:] for line in changed]}
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,129 @@
+"""The Hugging Face Trainer with this project's batches, checks and saves."""
+
+from pathlib import Path
+
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+from transformers import ProgressCallback, Trainer
+
+from alpaca.common import ExitCode, ExpectedError, notice, run_main  # noqa: F401
+from alpaca.data.examples import IGNORE_INDEX, SupervisedDataset, preprocess, show_batch  # noqa: F401
+from alpaca.prompts import PROMPT_DICT  # noqa: F401
+from alpaca.training.batches import (  # noqa: F401
+    BalancedBatchSampler,
+    DataCollatorForSupervisedDataset,
+    DataCollatorWithoutPadding,
+    make_supervised_data_module,
+    once_for_all_ranks,
+)
+from alpaca.training.callbacks import ProgressBar, ShardingCheck, SpaceCheck, StepWatch
+from alpaca.training.checkpoints import finish_checkpoint, publish_model, remove_checkpoint, stage_model, writing
+from alpaca.training.loss import use_lean_loss
+from alpaca.training.models import from_pretrained  # noqa: F401
+from alpaca.training.special_tokens import complete_tokenizer, resize_embeddings, smart_tokenizer_and_embedding_resize  # noqa: F401
+
+
+class AlpacaTrainer(Trainer):
+    """The Trainer, with the examples of each optimizer step regrouped into micro-batches of equal token counts, steps
+    that are looked at before they change the weights, and saves that are whole or absent."""
+
+    def __init__(self, *args, balance_tokens: bool, **kwargs):
+        super().__init__(*args, **kwargs)
+        if not self.args.label_smoothing_factor:  # which the Trainer computes from all logits
+            if isinstance(self.data_collator, DataCollatorWithoutPadding):
+                self.data_collator.responses_only = True
+            if not self.args.use_liger_kernel:
+                use_lean_loss(getattr(self.model, "get_base_model", lambda: self.model)())  # without LoRA's wrapper
+        self.balance_tokens = balance_tokens
+        self.watch = StepWatch(self.train_dataset)
+        for callback in (ShardingCheck(), SpaceCheck(), self.watch):
+            self.add_callback(callback)
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(ProgressBar())
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The Trainer's order of examples, cut into steps as it cuts them; only the micro-batches are others."""
+        args = self.args
+        if self.balance_tokens and not self.model_accepts_loss_kwargs:
+            notice(
+                "this model averages its loss over each micro-batch, so they are left alone (--balance_tokens False)"
+            )
+            self.balance_tokens = False
+        if not self.balance_tokens:
+            return super().get_train_dataloader()
+        sampler = BalancedBatchSampler(
+            self._get_train_sampler(),
+            self.train_dataset.lengths,
+            self._train_batch_size,
+            args.world_size,
+            args.gradient_accumulation_steps,
+            padded=not isinstance(self.data_collator, DataCollatorWithoutPadding),
+            drop_last=args.dataloader_drop_last,
+        )
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        return self.accelerator.prepare(loader)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outcome = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if model.training:
+            self.watch.saw(inputs, outcome[0] if return_outputs else outcome)
+            if self.is_deepspeed_enabled and self.accelerator.sync_gradients:
+                self.watch.look(self.args, self.state, None)  # its backward pass ends with the optimizer's step
+        return outcome
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Called between the clipping of gradients and the optimizer's step."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
+        self.watch.look(self.args, self.state, grad_norm)
+        return grad_norm
+
+    def log(self, logs, start_time=None):
+        super().log({**logs, **self.watch.figures()} if "loss" in logs else logs, start_time)
+
+    def _run_epoch(self, **kwargs):
+        if self.state.global_step < self.state.max_steps:  # else a finished run was started again: nothing to train
+            super()._run_epoch(**kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        directory = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        if self.args.should_save:
+            remove_checkpoint(directory)  # of an earlier, interrupted try
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # old ones stay until this one is whole
+        with writing(directory):
+            super()._save_checkpoint(model, trial)
+            self.args.save_total_limit = limit
+            self.accelerator.wait_for_everyone()  # the ranks write their own files
+            if self.args.should_save:
+                finish_checkpoint(
+                    directory,
+                    limit,
+                    self.state.best_model_checkpoint,
+                    sharding=self.args.sharding,
+                    processes=self.args.world_size,
+                    has_optimizer=not self.args.save_only_model,
+                )
+        self.accelerator.wait_for_everyone()
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """The final model takes an older one's place as a whole; what has a directory of its own is saved there."""
+        if output_dir is not None:
+            return super().save_model(output_dir, _internal_call)
+        staged = once_for_all_ranks(lambda: stage_model(self.args.output_dir))
+        with writing(staged):
+            super().save_model(staged, _internal_call=True)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            publish_model(self.args.output_dir)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)

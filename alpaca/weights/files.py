@@ -1,0 +1,539 @@
+"""Checkpoint directories, read and written a piece of a tensor at a time, with nothing in them trusted.
+
+Reads `model.safetensors`, its shards, and the older `pytorch_model*.bin`; writes safetensors shards. Tensors are handed
+out as arrays of unsigned words (uint16 for bfloat16), so that every bit survives. Torch is imported for `.bin` only.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import stat
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from alpaca.common import ExitCode, ExpectedError, atomic_write, jdump, sync_directory
+
+# https://huggingface.co/docs/safetensors: names of the types and bytes an element. 4- and 6-bit types are not read.
+DTYPE_BYTES = {
+    **{"F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2},
+    **{"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1},
+}
+MAX_HEADER_BYTES = 16 * 2**20  # 70B models have headers of 0.1 MB; parsing 100 MB of JSON would take gigabytes
+MAX_JSON_BYTES = 64 * 2**20  # an index of 100,000 tensors has 10 MB
+CARRIED_FILES = re.compile(
+    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template)\.json"
+    r"|(tokenizer|spiece|sentencepiece\.bpe)\.model|vocab\.txt|merges\.txt|chat_template\.jinja"
+)
+WEIGHT_FILES = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
+COPY_BYTES = 4 * 2**20
+SMALL_FILES_BYTES = 16 * 2**20  # config, tokenizer, manifest
+
+
+def bad_data(message: str) -> ExpectedError:
+    return ExpectedError(message, ExitCode.DATA)
+
+
+class Tensor(NamedTuple):
+    """Where a tensor lies: its bytes are [offset, offset + elements * word) of `file`."""
+
+    dtype: str  # a key of DTYPE_BYTES
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        return self.elements * DTYPE_BYTES[self.dtype]
+
+
+def word_type(dtype: str) -> np.dtype:
+    """ "BF16" → uint16."""
+    return np.dtype(f"<u{DTYPE_BYTES[dtype]}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files and JSON that may be damaged or hostile
+
+
+def file_inside(directory: Path, name: Any) -> Path:
+    """The regular file `name` of a directory; refuses names and links that lead out of it.
+
+    The Hub client's cache is the one exception: its snapshots are links into the `blobs` folder beside them.
+    """
+    if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\\0]", name):
+        raise bad_data(f"{directory}: {name!r} is not the name of a file in this directory; get a clean copy")
+    path = (directory / name).resolve()
+    allowed = [directory.resolve()]
+    if directory.resolve().parent.name == "snapshots":
+        allowed.append(directory.resolve().parent.parent / "blobs")
+    if path.parent not in allowed:
+        raise bad_data(f"{directory / name}: is a link to {path}, outside the directory; put the file itself there")
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise bad_data(f"{directory / name}: missing; get a complete copy")
+    if not stat.S_ISREG(mode) or not os.access(path, os.R_OK):
+        raise bad_data(f"{directory / name}: not a regular file that can be read")
+    return path
+
+
+def parse_json(text: bytes, where: str) -> dict[str, Any]:
+    """A JSON object without repeated keys, or an error that names `where`."""
+
+    def no_duplicates(pairs):
+        found = {}
+        for key, value in pairs:
+            if key in found:
+                raise ValueError(f"the key {key!r} twice")
+            found[key] = value
+        return found
+
+    try:
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=no_duplicates)
+    except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError, integers of 5,000 digits
+        raise bad_data(f"{where}: not valid JSON ({str(error) or 'nested too deeply'}); get a clean copy")
+    if not isinstance(value, dict):
+        raise bad_data(f"{where}: JSON object expected; get a clean copy")
+    return value
+
+
+def read_json(directory: Path, name: str) -> dict[str, Any]:
+    path = file_inside(directory, name)
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise bad_data(f"{path}: more than {MAX_JSON_BYTES} bytes of JSON; get a clean copy")
+    return parse_json(path.read_bytes(), str(path))
+
+
+def sha256_of_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file) -> str:  # Python 3.10 has no file_digest
+    digest = hashlib.sha256()
+    while block := file.read(COPY_BYTES):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def is_whole_number(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def read_header(path: Path) -> tuple[dict[str, Tensor], bytes]:
+    """The tensors of a safetensors file, and the bytes before its data. Anything but a sound file raises.
+
+    Sound: the data ends where the file ends, every byte of it belongs to one tensor, and sizes agree with shapes.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(8)
+        if start == b"version ":
+            raise bad_data(f"{path}: a Git LFS pointer instead of the weights; run `git lfs pull` there")
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
+            raise bad_data(
+                f"{path}: a header of {length} bytes in a file of {size}: truncated or damaged; fetch it again"
+            )
+        text = file.read(length)
+    if not text.startswith(b"{"):
+        raise bad_data(f"{path}: damaged header; fetch it again")
+    header = parse_json(text.rstrip(b" "), f"header of {path}")
+    metadata = header.pop("__metadata__", {"format": "pt"})
+    # The same rule as transformers: metadata, when present, says which framework's layout this is.
+    if not isinstance(metadata, dict) or metadata.get("format") not in ("pt", "tf", "flax", "mlx", "np"):
+        raise bad_data(f"{path}: damaged or foreign metadata in the header; fetch it again")
+
+    tensors = {}
+    spans = []
+    for name, entry in header.items():
+        where = f"tensor {name if name.isprintable() else repr(name)} in {path}"
+        if not name.isprintable() or not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+            raise bad_data(f"{where}: damaged header entry; fetch it again")
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+            raise bad_data(f"{where}: unknown type {dtype!r}")
+        lists = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
+        if not lists or not all(map(is_whole_number, shape + offsets)):
+            raise bad_data(f"{where}: damaged shape or offsets; fetch it again")
+        begin, end = offsets
+        tensors[name] = tensor = Tensor(dtype, tuple(shape), path, 8 + length + begin)
+        if end - begin != tensor.bytes:
+            raise bad_data(f"{where}: {end - begin} bytes for {dtype} {shape}; fetch it again")
+        spans.append((begin, end, name))
+    position = 0
+    for begin, end, name in sorted(spans):
+        if begin != position:
+            raise bad_data(f"tensor {name} in {path}: overlaps another or leaves a hole; fetch it again")
+        position = end
+    if 8 + length + position != size:
+        raise bad_data(
+            f"{path}: {size} bytes, its header says {8 + length + position}: truncated or damaged; fetch it again"
+        )
+    return tensors, start + text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+class Checkpoint:
+    """The tensors of a directory: `tensors` by name, `config` as a dict, `read` for any stretch of elements.
+
+    Raises ExpectedError (bad data) when files are missing, damaged, or lead out of the directory.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.config = read_json(directory, "config.json")
+        self.tensors: dict[str, Tensor] = {}
+        self.headers: dict[str, bytes] = {}  # of safetensors files, by file name
+        self._handles: dict[Path, int] = {}
+        self._loaded: dict[str, Any] = {}  # tensors of .bin files: flat torch tensors over mapped files
+        try:
+            self._open_files()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open_files(self) -> None:
+        for file, names in self._weight_files().items():
+            path = file_inside(self.directory, file)
+            if file.endswith(".safetensors"):
+                found, self.headers[file] = read_header(path)
+                self._handles[path] = os.open(path, os.O_RDONLY)
+            else:
+                found = self._load_bin(path)
+            for name in found.keys() & self.tensors.keys():
+                raise bad_data(f"tensor {name}: both in {path} and in {self.tensors[name].file}; get a clean copy")
+            if names is not None and names != found.keys():
+                wrong = "; ".join(sorted(names ^ found.keys()))
+                raise bad_data(f"{path}: the index and the shard disagree about {wrong!r}; get a complete copy")
+            self.tensors.update(found)
+        if not self.tensors:
+            raise bad_data(f"{self.directory}: no tensors; get a complete copy")
+
+    def _weight_files(self) -> dict[str, set[str] | None]:
+        """File name → names of its tensors by the index (None: a single file)."""
+        for kind, single in (("safetensors", "model.safetensors"), ("bin", "pytorch_model.bin")):
+            index = f"{single}.index.json"
+            present = [name for name in (single, index) if os.path.lexists(self.directory / name)]
+            if len(present) == 2:
+                raise bad_data(f"{self.directory}: holds both {single} and {index}; remove the one that is not meant")
+            if present == [single]:
+                return {single: None}
+            if present == [index]:
+                weight_map = read_json(self.directory, index).get("weight_map")
+                if not isinstance(weight_map, dict) or not weight_map:
+                    raise bad_data(f"{self.directory / index}: no weight_map; get a clean copy")
+                files: dict[str, set[str] | None] = {}
+                for name, file in weight_map.items():
+                    path = file_inside(self.directory, file)
+                    if not file.endswith(f".{kind}"):
+                        raise bad_data(f"{self.directory / index}: {path.name} for tensor {name} is no .{kind} file")
+                    files.setdefault(file, set()).add(name)
+                return files
+        hint = "give the directory that has model.safetensors or pytorch_model.bin, or their index"
+        if (self.directory / "adapter_config.json").exists():
+            hint = "merge the adapter into its base first"
+        raise bad_data(f"{self.directory}: no weights here; {hint}")
+
+    def _load_bin(self, path: Path) -> dict[str, Tensor]:
+        """A torch file, mapped and unpickled with `weights_only`: it can hold tensors and no code."""
+        import torch
+
+        dtypes = {
+            **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
+            **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"},
+            **{torch.bool: "BOOL"},
+        }
+        if not zipfile.is_zipfile(path):
+            raise bad_data(
+                f"{path}: truncated, or written by torch before 1.6; fetch it again, or re-save it with torch.save"
+            )
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # the unpickler raises whatever it meets in a damaged file
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise bad_data(f"{path}: damaged, or holds more than tensors ({reason[0][:200]}); fetch it again")
+        if not isinstance(state, dict):
+            raise bad_data(f"{path}: a dict of tensors expected, {type(state).__name__} found")
+        found = {}
+        for name, tensor in state.items():
+            named = isinstance(name, str) and name.isprintable()
+            if not named or not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+                raise bad_data(f"{path}: {name!r} is not a tensor by name; save the model's state_dict")
+            if tensor.dtype not in dtypes:
+                raise bad_data(f"tensor {name} in {path}: unknown type {tensor.dtype}")
+            found[name] = Tensor(dtypes[tensor.dtype], tuple(tensor.shape), path, 0)
+            if found[name].bytes > path.stat().st_size:  # a view with stride 0 can claim any shape
+                raise bad_data(f"tensor {name} in {path}: larger than the file; fetch it again")
+            self._loaded[name] = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        return found
+
+    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Elements [start, stop) of the flattened tensor as unsigned words; may be called from many threads."""
+        tensor = self.tensors[name]
+        word = DTYPE_BYTES[tensor.dtype]
+        if name in self._loaded:
+            return self._loaded[name][start * word : stop * word].numpy().view(word_type(tensor.dtype))
+        words = np.empty(stop - start, word_type(tensor.dtype))
+        handle, offset, done = self._handles[tensor.file], tensor.offset + start * word, 0
+        buffer = memoryview(words).cast("B")
+        while done < len(buffer):
+            count = os.preadv(handle, [buffer[done:]], offset + done)
+            if count == 0:
+                raise bad_data(f"tensor {name} in {tensor.file}: the file became shorter while it was read")
+            done += count
+        return words
+
+    @property
+    def archives(self) -> list[Path]:
+        """The `.bin` files."""
+        return sorted({self.tensors[name].file for name in self._loaded})
+
+    def close(self) -> None:
+        self._loaded.clear()
+        while self._handles:
+            os.close(self._handles.popitem()[1])
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def check_archive(path: Path, advance: Callable[[int], None]) -> None:
+    """Compare the CRC-32 that torch wrote with every record of a `.bin` file; `advance` hears of the bytes read."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for record in archive.infolist():
+                with archive.open(record) as file:  # raises at the end of a record whose sum differs
+                    while block := file.read(COPY_BYTES):
+                        advance(len(block))
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, OSError) as error:
+        raise bad_data(f"{path}: damaged ({error}); fetch it again")
+
+
+def carried_files(directory: Path) -> list[Path]:
+    """Config, generation config and tokenizer files; never code."""
+    return [file_inside(directory, name) for name in sorted(os.listdir(directory)) if CARRIED_FILES.fullmatch(name)]
+
+
+def copy_file(path: Path, directory: Path) -> None:
+    with atomic_write(directory / path.name, "wb") as file:
+        file.write(path.read_bytes())
+
+
+def local_directory(path: Any, flag: str) -> Path:
+    """A directory as it is; a Hub id through the Hub client, which knows its cache, token and HF_HUB_OFFLINE."""
+    path = str(path)
+    if os.path.isdir(path):
+        return Path(path).resolve()
+    if os.path.lexists(path) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or path.startswith("."):
+        raise ExpectedError(f"--{flag} {path}: no such directory", ExitCode.USAGE)
+    from huggingface_hub import errors, snapshot_download
+
+    small = ["*.json", "*.txt", "*.model", "*.jinja"]
+    try:
+        directory = Path(snapshot_download(path, allow_patterns=[*small, "model*.safetensors"]))
+        if not any(directory.glob("model*.safetensors")):
+            directory = Path(snapshot_download(path, allow_patterns=[*small, "pytorch_model*.bin"]))
+        return directory.resolve()
+    except (errors.GatedRepoError, errors.RepositoryNotFoundError):
+        problem = "and the Hub refuses the id; check it, accept the model's terms, log in with `hf auth login`"
+        raise ExpectedError(f"--{flag} {path}: no such directory, {problem}", ExitCode.API)
+    except (errors.HFValidationError, errors.OfflineModeIsEnabled, OSError, RuntimeError):
+        problem = f"and the Hub cannot be reached; give a directory, or run `hf download {path}` where it can"
+        raise ExpectedError(f"--{flag} {path}: no such directory, {problem}", ExitCode.USAGE)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def shard_bytes(text: Any) -> int:
+    """ "5GB" → 5,000,000,000; "200MiB" → 209,715,200."""
+    match = re.fullmatch(r"(\d+)\s*([KMGT]?)(i?)B?", str(text), re.IGNORECASE)
+    if not match or int(match[1]) == 0:
+        raise ExpectedError(f"--max_shard_size {text}: a size such as 5GB or 500MiB expected", ExitCode.USAGE)
+    return int(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ")
+
+
+def natural_order(name: str) -> tuple[str, str]:
+    """Sorts layers.2 before layers.10."""
+    return re.sub(r"\d+", lambda number: number[0].zfill(8), name), name
+
+
+class ShardWriter:
+    """Safetensors shards whose layout depends on names, types and shapes only, filled from many threads.
+
+    Wide types come first, so that every tensor is aligned; within a type, layers are in natural order.
+    """
+
+    def __init__(self, tensors: dict[str, tuple[str, tuple[int, ...]]], max_shard_bytes: int):
+        """tensors: name → (dtype, shape)."""
+        order = sorted(tensors, key=lambda name: (-DTYPE_BYTES[tensors[name][0]], natural_order(name)))
+        sizes = {name: DTYPE_BYTES[dtype] * math.prod(shape) for name, (dtype, shape) in tensors.items()}
+        shards: list[list[str]] = [[]]
+        filled = 0
+        for name in order:
+            if shards[-1] and filled + sizes[name] > max_shard_bytes:
+                shards.append([])
+                filled = 0
+            shards[-1].append(name)
+            filled += sizes[name]
+        self.headers: dict[str, bytes] = {}
+        self.file_sizes: dict[str, int] = {}
+        self._places: dict[str, tuple[str, int]] = {}
+        for number, names in enumerate(shards, 1):
+            single = len(shards) == 1
+            file = "model.safetensors" if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+            end = 0
+            for name in names:
+                begin, end = end, end + sizes[name]
+                entries[name] = {"dtype": tensors[name][0], "shape": tensors[name][1], "data_offsets": [begin, end]}
+            text = json.dumps(entries, separators=(",", ":")).encode()
+            text += b" " * (-len(text) % 8)
+            self.headers[file] = len(text).to_bytes(8, "little") + text
+            self.file_sizes[file] = len(self.headers[file]) + end
+            for name in names:
+                self._places[name] = (file, len(self.headers[file]) + entries[name]["data_offsets"][0])
+        self.index = {
+            "metadata": {"total_size": sum(sizes.values())},
+            "weight_map": {name: self._places[name][0] for name in sorted(tensors, key=natural_order)},
+        }
+        self._handles: dict[str, int] = {}
+
+    @contextlib.contextmanager
+    def open(self, directory: Path) -> Iterator[None]:
+        """Create the files at full length (sparse) with their headers; when the block ends, they are on the disk."""
+        try:
+            for file, header in self.headers.items():
+                self._handles[file] = os.open(directory / file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+                os.ftruncate(self._handles[file], self.file_sizes[file])
+                self._write(file, memoryview(header), 0)
+            if len(self.headers) > 1:
+                jdump(self.index, directory / "model.safetensors.index.json", indent=1)
+            yield
+            for handle in self._handles.values():
+                os.fsync(handle)
+        finally:
+            while self._handles:
+                os.close(self._handles.popitem()[1])
+
+    def write(self, name: str, start: int, words: np.ndarray) -> None:
+        """Put words at element `start` of a tensor; may be called from many threads."""
+        file, offset = self._places[name]
+        self._write(file, memoryview(words).cast("B"), offset + start * words.itemsize)
+
+    def _write(self, file: str, data: memoryview, offset: int) -> None:
+        while data:
+            count = os.pwrite(self._handles[file], data, offset)
+            data, offset = data[count:], offset + count
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.file_sizes.values())
+
+
+def check_output(path: Any, flag: str, inputs: dict[str, Path], overwrite: bool) -> Path:
+    """The real path of a directory that may be written: not an input, and empty unless `overwrite`."""
+    output = Path(str(path)).resolve()
+    for name, directory in inputs.items():
+        if output == directory or (output.exists() and output.samefile(directory)) or output in directory.parents:
+            raise ExpectedError(f"--{flag} {path}: is or holds --{name}; choose another directory", ExitCode.USAGE)
+    if not output.exists():
+        return output
+    if not output.is_dir():
+        raise ExpectedError(f"--{flag} {path}: exists and is no directory; choose another path", ExitCode.USAGE)
+    found = sorted(os.listdir(output))
+    if found and not overwrite:
+        raise ExpectedError(
+            f"--{flag} {path}: not empty; choose another directory or add --overwrite True", ExitCode.USAGE
+        )
+    for name in found:  # the whole directory is replaced: never delete what is not a checkpoint's
+        known = CARRIED_FILES.fullmatch(name) or WEIGHT_FILES.fullmatch(name) or name == "weight_diff.json"
+        if not known or (output / name).is_dir():
+            raise ExpectedError(
+                f"--{flag} {path}: --overwrite True would delete {name}, which is no checkpoint file; move it away",
+                ExitCode.USAGE,
+            )
+    return output
+
+
+def restore(replaced: Path, output: Path) -> None:
+    """Undo the first half of a replacement."""
+    if replaced.exists() and not output.exists():
+        replaced.rename(output)
+
+
+@contextlib.contextmanager
+def new_directory(output: Path, needed: int) -> Iterator[Path]:
+    """A hidden directory beside `output` that becomes `output` when the block ends without an exception.
+
+    Raises (disk), before the block runs, if `needed` bytes and some small files do not fit.
+
+    Killed at any moment, `output` is as before or whole; what is left beside it is removed by the next run.
+    One run at a time: a lock that dies with its process (exit 6 for the second).
+    """
+    staging = output.parent / f".{output.name}.unfinished"
+    replaced = output.parent / f".{output.name}.replaced"
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        staging.mkdir(exist_ok=True)
+        lock = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError as error:
+        raise ExpectedError(
+            f"{output.parent}: cannot be written ({error.strerror}); choose another place", ExitCode.DISK
+        )
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(lock), os.stat(staging)):
+                raise BlockingIOError  # another run finished between open and lock
+        except (BlockingIOError, FileNotFoundError):
+            raise ExpectedError(f"{output}: another run is writing it; wait for that run", ExitCode.LOCKED)
+        restore(replaced, output)  # killed between the two renames below
+        shutil.rmtree(replaced, ignore_errors=True)
+        for entry in staging.iterdir():
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        try:
+            free = shutil.disk_usage(staging).free
+            if needed + SMALL_FILES_BYTES > free:
+                problem = f"{needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free"
+                raise ExpectedError(f"{output}: {problem}; free some space or choose another place", ExitCode.DISK)
+            yield staging
+            sync_directory(staging)
+            if output.exists() and os.listdir(output):
+                output.rename(replaced)
+            staging.rename(output)
+            sync_directory(output.parent)
+            shutil.rmtree(replaced, ignore_errors=True)
+        except BaseException:
+            restore(replaced, output)
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise
+        raise ExpectedError(f"{output}: {error.strerror}; free some space or choose another place", ExitCode.DISK)
+    finally:
+        os.close(lock)

@@ -1,0 +1,89 @@
+"""The benchmarks as commands on small inputs, and the sharding plan's arithmetic by hand; no timing is judged."""
+
+import json
+import sys
+
+import pytest
+import transformers
+
+from alpaca.training import memory
+from benchmarks.plan_sharding import GPUS_PER_NODE, Cluster, Setting, main, options, ring_speed, seconds_and_bytes
+from tests.conftest import ROOT, run
+
+
+def last_line(script, *arguments):
+    result = run(ROOT / "benchmarks" / script, *arguments)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_growth():
+    result = last_line("bench_growth.py", "--rows", 40, 300)
+    assert list(result["stages"]) == ["check", "tokenize", "batch 1", "batch 8", "resume"]
+    for figures in result["stages"].values():
+        assert list(figures) == ["40", "300"]
+        assert all(0 <= value for figure in figures.values() for value in figure.values())
+
+
+def test_tokenizing():
+    result = last_line("bench_tokenize.py", "--rows", 100, "--rounds", 1)
+    assert result["rows"] == 100 and min(result["one_call_an_example"], result["ours"], result["ratio"]) > 0
+
+
+def test_similarity():
+    result = last_line("bench_dedup.py", "--pools", "50,200")
+    assert list(result["pools"]) == ["50", "200"] and "whole_run" not in result
+    assert all(value > 0 for figures in result["pools"].values() for value in figures.values())
+
+
+# --- a plan for several GPUs ---
+
+
+@pytest.mark.parametrize(
+    ("setting", "moved", "compute", "step"),
+    [
+        # Gathering once is 2 bytes × 1,000 × 3/4 = 1,500 bytes = 1 s. Forward 0.5 s, backward 1 s.
+        # First micro-batch: max(0.5, 1) + max(1, 1) = 2 s; the last also scatters: max(0.5, 1) + max(1, 2) = 3 s.
+        (Setting(5, 2), 1500 * 5, 3.0, 5.0),
+        (Setting(5, 2, sync_each_batch=True), 1500 * 6, 3.0, 6.0),
+        (Setting(5, 2, reshard=False), 1500 * 3, 3.0, 4.0),
+        (Setting(5, 2, checkpointing=True), 1500 * 5, 4.0, 1 + 1.5 + 1 + 2),  # 1.5 s backward
+    ],
+    ids=str,
+)
+def test_a_step_of_a_plan_is_the_one_worked_out_by_hand(setting, moved, compute, step):
+    cluster = Cluster(gpus=4, flops=40_000, link=1500, gib=1)
+    figures = seconds_and_bytes(1000, 10, cluster, setting)
+    expected = {"bytes": moved, "communication_s": moved / 1500, "compute_s": compute, "step_s": step}
+    assert figures == pytest.approx(expected)
+
+
+def test_a_ring_over_nodes_is_as_fast_as_its_slowest_part():
+    assert ring_speed(300, 25, nodes=1) == 300
+    assert ring_speed(300, 25, nodes=2) == 25 * GPUS_PER_NODE
+    assert ring_speed(300, 50, nodes=2) == 300
+
+
+def test_the_recommended_micro_batch_is_the_smallest_that_hides_communication_and_fits():
+    shape = memory.read_shape(transformers.LlamaConfig(), "all-linear")
+    rows = options(shape, Cluster(8, 0.5 * 312e12, 0.8 * 300e9, 79.2), 128, 126)
+    assert [row["micro_batch"] for row in rows] == [1, 2, 4, 8, 16]
+    assert [row["hidden"] for row in rows] == [False, False, False, True, True]
+    assert [row.get("recommended", False) for row in rows] == [False, False, False, True, False]
+    # 128/8 examples of 126 tokens at 6 FLOPs a parameter; 4 gathers and a scatter of 7/8 of 2 bytes a parameter.
+    assert rows[3]["step_s"] == pytest.approx(6 * 6_738_415_616 * 16 * 126 / 156e12)
+    assert rows[3]["bytes"] == pytest.approx(5 * 2 * 6_738_415_616 * 7 / 8)
+    few_gib = options(shape, Cluster(8, 0.5 * 312e12, 0.8 * 300e9, 24), 128, 126)
+    assert all(row["gib"] <= 0.92 * 24 for row in few_gib)
+    assert all("sync_each_batch" in row["flags"] for row in few_gib[:4])  # 12.6 GiB of whole gradients do not fit
+    assert options(shape, Cluster(8, 0.5 * 312e12, 0.8 * 300e9, 12), 128, 126) == []
+
+
+def test_the_plan_is_a_table_and_json(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", "plan_sharding.py --gpu H200 --nodes 1 2 --node_links 50".split())
+    main()
+    *table, last = capsys.readouterr().out.splitlines()
+    assert json.loads(last)["parameters"] == 6_738_415_616
+    assert sum(line.startswith("| 1 × 8 H200 |") for line in table) == 5
+    assert sum(line.endswith("recommended |") for line in table) == 2
+    assert len({line.count("|") for line in table if line.startswith("|")}) == 1

@@ -1,0 +1,239 @@
+"""The command line of train.py: spellings of 2023, contradictions, and flags that the hardware can't do."""
+
+import json
+import math
+import re
+import shlex
+import socket
+import subprocess
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch.distributed.run import get_args_parser
+
+from alpaca.common import ExpectedError
+from alpaca.training import arguments
+from alpaca.training.arguments import check_precision, choose_layers_to_wrap, parse_arguments
+from tests.conftest import ROOT
+
+NEEDED = ["--data_path", "x.json", "--output_dir", "out"]
+
+
+def parse(*flags):
+    return parse_arguments([*NEEDED, *flags])[2]
+
+
+def refused(*flags):
+    with pytest.raises(ExpectedError) as error:
+        parse_arguments([*NEEDED, *flags])
+    assert error.value.exit_code == 2
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "value", "said"),
+    [
+        (["--evaluation_strategy", "no"], "eval_strategy", "no", "--eval_strategy no"),
+        (["--evaluation-strategy=epoch"], "eval_strategy", "epoch", "--eval_strategy epoch"),
+        (["--warmup_ratio", "0.03"], "warmup_steps", 0.03, "--warmup_steps 0.03"),
+        (["--warmup_ratio", "0"], "warmup_steps", 0.0, "--warmup_steps 0.0"),
+        (["--no_cuda", "True"], "use_cpu", True, "--use_cpu True"),
+        (["--no_cuda"], "use_cpu", True, "--use_cpu True"),
+        (["--group_by_length", "True"], "train_sampling_strategy", "group_by_length", "_strategy group_by_length"),
+        (["--optim", "adamw_hf"], "optim", "adamw_torch", "--optim adamw_torch"),
+        (["--overwrite_output_dir", "True"], "overwrite_output_dir", True, "no effect"),
+        (["--save_safetensors", "True"], "save_safetensors", True, "always saved as safetensors"),
+    ],
+)
+def test_old_spellings_keep_their_meaning_and_are_announced_once(old, new, value, said, capsys):
+    assert getattr(parse(*old), new) == value
+    assert capsys.readouterr().err.count(said) == 1
+
+
+def test_logging_dir_reaches_tensorboard(monkeypatch, capsys):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "elsewhere")
+    parse("--logging_dir", "runs")
+    assert arguments.os.environ["TENSORBOARD_LOGGING_DIR"] == "runs"
+    assert "TENSORBOARD_LOGGING_DIR=runs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("steps", [1, 3, 7, 1221, 10**9])
+@pytest.mark.parametrize("ratio", [0.0, 0.03, 0.5, 1.0])
+def test_warmup_ratio_gives_the_steps_of_2023(ratio, steps):
+    assert parse("--warmup_ratio", str(ratio)).get_warmup_steps(steps) == math.ceil(steps * ratio)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--evaluation_strategy", "no", "--eval_strategy", "steps", "--eval_steps", "5"],
+        ["--evaluation_strategy", "epoch", "--eval_strategy", "no"],  # no is the default: given all the same
+        ["--warmup_ratio", "0.1", "--warmup_steps", "5"],
+        ["--warmup_ratio", "0.1", "--warmup-steps=0"],
+        ["--no_cuda", "False", "--use_cpu", "True"],
+        ["--group_by_length", "True", "--train_sampling_strategy", "random"],
+    ],
+)
+def test_contradictions_are_refused(flags):
+    assert "contradicts" in refused(*flags)
+
+
+def test_agreement_of_old_and_new_spelling_is_fine():
+    assert parse("--evaluation_strategy", "no", "--eval_strategy", "no").eval_strategy == "no"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--warmup_ratio", "1.5"], "not a fraction"),
+        (["--lerning_rate", "1"], "--learning_rate?"),
+        (["--learning", "1"], "unknown flag --learning"),  # no abbreviations
+        (["--learning_rate", "fast"], "learning_rate"),
+        (["--fsdp", "full_shard", "auto_wrap"], 'needs quotes, --fsdp "full_shard auto_wrap"'),
+        (["--fsdp", "hybrid_shard auto_wrap"], "not hybrid_shard"),
+        (["--fsdp", "full_shard", "--deepspeed", "x.json"], "give one of them"),
+        (["--fsdp", "full_shard", "--fsdp_config", "none.json"], "none.json"),
+        (["--fsdp", "full_shard", "--fsdp_config", "{]"], "--fsdp_config"),
+        (["--deepspeed", "configs/default_offload_opt_param.json"], "torchrun --nproc_per_node=1"),
+        (["--evaluation_strategy", "never"], "never"),
+        (["--fp16", "True", "--bf16", "True", "--optim", "no_such"], "no_such"),
+        (["--dtype", "int8"], "int8"),
+    ],
+)
+def test_wrong_flags_end_in_one_line(flags, said):
+    assert said in refused(*flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "package"),
+    [
+        (["--use_liger_kernel", "True"], "liger-kernel"),
+        (["--optim", "adamw_bnb_8bit"], "bitsandbytes"),
+        (["--optim", "paged_adamw_32bit"], "bitsandbytes"),
+        (["--optim", "adamw_torch_8bit"], "torchao"),
+        (["--report_to", "comet_ml"], "comet_ml"),
+    ],
+)
+def test_a_missing_package_is_named_before_anything_is_loaded(flags, package):
+    """None of them is among the requirements."""
+    assert refused(*flags).startswith(
+        f"{' '.join(flags).removesuffix(' True')} needs the package: pip install {package}"
+    )
+
+
+def test_needed_flags_are_asked_for():
+    for flags, said in (([], "--data_path is needed"), (["--data_path", "x"], "--output_dir is needed")):
+        with pytest.raises(ExpectedError, match=said):
+            parse_arguments(flags)
+    parse_arguments(["--data_path", "x", "--show_batch", "3"])
+
+
+def test_without_an_accelerator_the_same_flags_mean_the_cpu(capsys):
+    assert not torch.accelerator.is_available(), "this test describes a machine without an accelerator"
+    args = parse("--bf16", "True", "--tf32", "True", "--fp16", "False")
+    assert args.use_cpu and args.bf16 and not args.tf32
+    assert capsys.readouterr().err == ("notice: no accelerator found, training on the CPU; --tf32 does not apply\n")
+    assert parse("--fp16", "True").fp16 is False
+    assert "--fp16 does not apply" in capsys.readouterr().err
+
+
+def test_old_gpus_get_the_flag_that_they_can_do():
+    check_precision(True, True, "NVIDIA A100-SXM4-80GB", (8, 0))
+    check_precision(False, None, "Tesla V100-SXM2-16GB", (7, 0))
+    with pytest.raises(ExpectedError, match=r"V100.*use --fp16 True"):
+        check_precision(True, True, "Tesla V100-SXM2-16GB", (7, 0))
+    with pytest.raises(ExpectedError, match=r"V100.*leave the flag out"):
+        check_precision(False, True, "Tesla V100-SXM2-16GB", (7, 0))
+
+
+def test_every_documented_command_parses():
+    """Those of the README and of the Slurm job, torchrun's flags too; "…" stands for flags shown elsewhere."""
+    job = ROOT / "configs" / "slurm.sh"
+    subprocess.run(["bash", "-n", job], check=True)
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = "\n".join([*blocks, job.read_text()]).replace("\\\n", " ").splitlines()
+    parsed = 0
+    for line in lines:
+        if not re.match(r"(srun )?(torchrun|python) .*train\.py ", line):
+            continue
+        words = shlex.split(re.sub("<[^>]*>", "1", line.split(" && ")[0]), comments=True)
+        script = words.index("train.py")
+        if "torchrun" in words:
+            get_args_parser().parse_args(words[words.index("torchrun") + 1 : script + 1])
+        flags = words[script + 1 :]
+        if "--deepspeed" in flags:
+            flags.remove("--deepspeed")  # its value with it: a run of that command is a test of its own
+            flags.remove("./configs/default_offload_opt_param.json")
+        if "…" in flags:
+            flags.remove("…")
+            flags += NEEDED
+        parse_arguments(flags)
+        parsed += 1
+    assert parsed >= 9
+
+
+@pytest.fixture
+def under_torchrun(monkeypatch):
+    """This process as the only one of a torchrun job, process group and all: enough for --fsdp to be kept."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 1, "RANK": 0}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize(
+    ("value", "reshard", "offload"),
+    [
+        ("full_shard auto_wrap", True, False),
+        ("full_shard auto_wrap offload", True, True),
+        ("shard_grad_op", False, False),
+        ("True", True, False),
+    ],
+)
+def test_fsdp_words_become_the_config_of_today(value, reshard, offload, under_torchrun):
+    args = parse("--fsdp", value, "--fsdp_transformer_layer_cls_to_wrap", "A,B")
+    assert args.fsdp is True
+    assert args.fsdp_plugin_args["fsdp_version"] == 2
+    assert args.fsdp_plugin_args["reshard_after_forward"] is reshard
+    assert args.fsdp_plugin_args.get("cpu_offload", False) is offload
+    assert args.fsdp_config["transformer_layer_cls_to_wrap"] == ["A", "B"]
+
+
+def test_fsdp_layer_flag_against_fsdp_config(under_torchrun, tmp_path):
+    (tmp_path / "fsdp.json").write_text(json.dumps({"fsdp_transformer_layer_cls_to_wrap": ["A"]}))
+    flags = ["--fsdp", "full_shard", "--fsdp_config", str(tmp_path / "fsdp.json")]
+    assert parse(*flags).fsdp_config["transformer_layer_cls_to_wrap"] == ["A"]
+    assert parse(*flags, "--fsdp_transformer_layer_cls_to_wrap", "A").fsdp_config["transformer_layer_cls_to_wrap"]
+    assert "contradicts" in refused(*flags, "--fsdp_transformer_layer_cls_to_wrap", "B")
+
+
+@pytest.mark.parametrize(
+    ("family", "given", "wrapped"),
+    [
+        ("llama", None, "LlamaDecoderLayer"),
+        ("llama", "LlamaDecoderLayer", "LlamaDecoderLayer"),
+        ("llama", "LLaMADecoderLayer", "LlamaDecoderLayer"),
+        ("opt", None, "OPTDecoderLayer"),
+        ("opt", "OPTDecoderLayer", "OPTDecoderLayer"),
+        ("opt", "LlamaDecoderLayer", None),
+    ],
+)
+def test_layer_class_is_derived_corrected_or_refused(family, given, wrapped, under_torchrun, request, capsys):
+    config = arguments.transformers.AutoConfig.from_pretrained(request.getfixturevalue(family))
+    args = parse("--fsdp", "full_shard", *(["--fsdp_transformer_layer_cls_to_wrap", given] if given else []))
+    if wrapped is None:
+        with pytest.raises(ExpectedError, match="its layers are OPTDecoderLayer") as error:
+            choose_layers_to_wrap(args, config)
+        assert error.value.exit_code == 2
+        return
+    choose_layers_to_wrap(args, config)
+    assert args.fsdp_plugin_args["transformer_cls_names_to_wrap"] == wrapped
+    assert ("is written LlamaDecoderLayer" in capsys.readouterr().err) == (given == "LLaMADecoderLayer")

@@ -1,0 +1,237 @@
+"""train.py as a user runs it: the README's commands, one process and two, sharded and not."""
+
+import json
+import re
+import shlex
+import shutil
+
+import pytest
+import safetensors.torch
+import torch
+import transformers
+
+from tests.conftest import ROOT, run
+from tests.training import forked
+
+# The commands of 2023: of the README's commands, those with a flag that only 2023 spelled like this.
+README_COMMANDS = [
+    shlex.split(block.replace("\\\n", " "))
+    for block in re.findall(r"```bash\n(torchrun .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    if "--evaluation_strategy" in block
+]
+RECIPE = [
+    *("--per_device_train_batch_size", "2", "--learning_rate", "2e-4", "--lr_scheduler_type", "cosine"),
+    *("--warmup_ratio", "0.03", "--logging_steps", "1", "--max_steps", "4", "--weight_decay", "0."),
+]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "few.json"
+    records = json.loads((ROOT / "alpaca_data.json").read_text())
+    path.write_text(json.dumps(sorted(records, key=lambda record: len(str(record)))[:40]))
+    return path
+
+
+def losses(directory):
+    return [e["loss"] for e in json.loads((directory / "trainer_state.json").read_text())["log_history"] if "loss" in e]
+
+
+def rates(directory):
+    log = json.loads((directory / "trainer_state.json").read_text())["log_history"]
+    return [entry["learning_rate"] for entry in log if "loss" in entry]
+
+
+def weights(directory):
+    return safetensors.torch.load_file(directory / "model.safetensors")
+
+
+def assert_loadable(directory, base):
+    """The directory holds a whole model under its plain names, and a tokenizer; both load and answer."""
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    assert not any(report.values()), report
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    assert model.generate(**tokenizer("Say", return_tensors="pt"), max_new_tokens=2).shape[0] == 1
+    original = transformers.AutoModelForCausalLM.from_pretrained(base)
+    assert set(model.state_dict()) == set(original.state_dict())
+    assert model.config.use_cache
+
+
+@pytest.fixture(scope="session")
+def one_process(llama, data, tmp_path_factory):
+    """The run that the others are compared with: 4 steps of 8 examples in one process."""
+    out = tmp_path_factory.mktemp("one")
+    result = run(
+        *("train.py", "--model_name_or_path", llama, "--data_path", data, "--output_dir", out, *RECIPE),
+        *("--gradient_accumulation_steps", "4", "--save_strategy", "no"),
+    )
+    assert result.returncode == 0, result.stderr[-20000:]
+    assert_loadable(out, llama)
+    assert len(losses(out)) == 4
+    return out
+
+
+def test_the_readme_shows_the_commands_of_2023():
+    text = (ROOT / "README.md").read_text()
+    for flag in (
+        '--fsdp "full_shard auto_wrap"',
+        "--fsdp_transformer_layer_cls_to_wrap 'LLaMADecoderLayer'",
+        "--fsdp_transformer_layer_cls_to_wrap 'OPTDecoderLayer'",
+        '--fsdp "full_shard auto_wrap offload"',
+        '--deepspeed "./configs/default_offload_opt_param.json"',
+    ):
+        assert flag in text
+    assert len(README_COMMANDS) == 4
+
+
+def readme_run(command, llama, opt, out):
+    """Run a README command with nothing changed but paths, ports and process counts, and fewer, smaller steps."""
+    assert command[0] == "torchrun" and "train.py" in command
+    arguments = command[command.index("train.py") :]
+    model = opt if "OPTDecoderLayer" in arguments else llama
+    arguments[arguments.index("--model_name_or_path") + 1] = str(model)
+    arguments[arguments.index("--output_dir") + 1] = str(out)
+    small = ["--max_steps", "1", "--gradient_accumulation_steps", "1", "--model_max_length", "128"]
+    result = run(*arguments, *small, processes=2, timeout=500)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert_loadable(out, model)
+    return result.stderr
+
+
+@pytest.mark.parametrize("command", [c for c in README_COMMANDS if "--deepspeed" not in c], ids=lambda c: c[-3])
+def test_readme_command(command, llama, opt, tmp_path):
+    said = readme_run(list(command), llama, opt, tmp_path / "out")
+    for line in (
+        "--evaluation_strategy no is spelled --eval_strategy no today",
+        "--warmup_ratio 0.03 is spelled --warmup_steps 0.03 today",
+        "no accelerator found, training on the CPU; --tf32 does not apply",
+        "--fsdp shards nothing on the CPU: the run is plain data-parallel",
+    ):
+        assert said.count(line) == 1, said
+    assert ("LLaMADecoderLayer is written LlamaDecoderLayer" in said) == ("LLaMADecoderLayer" in command)
+    assert "batches are padded" not in said
+
+
+@pytest.mark.parametrize(("processes", "batches"), [(2, ""), (1, "2023"), (2, "2023")])
+def test_other_processes_and_other_batches_take_the_same_steps(processes, batches, one_process, llama, data, tmp_path):
+    flags = ["--gradient_accumulation_steps", 4 // processes, "--save_strategy", "no"]
+    if batches == "2023":
+        flags += ["--padding_free", "False", "--balance_tokens", "False"]
+    out = tmp_path / "out"
+    forked.run_train(out, "--model_name_or_path", llama, "--data_path", data, *RECIPE, *flags, processes=processes)
+    assert losses(out) == pytest.approx(losses(one_process), abs=1e-5)
+
+
+def test_fsdp_shards_trains_saves_and_resumes(one_process, llama, data, tmp_path):
+    flags = [
+        *("--model_name_or_path", llama, "--data_path", data, *RECIPE),
+        *("--gradient_accumulation_steps", "2", "--save_strategy", "steps", "--save_steps", "2"),
+        *("--fsdp", "full_shard auto_wrap offload", "--fsdp_transformer_layer_cls_to_wrap", "LLaMADecoderLayer"),
+    ]
+    said = forked.run_train(tmp_path / "out", *flags, processes=2, sharded=True)
+    local, total = (
+        int(number.replace(",", ""))
+        for number in re.search(r"FSDP holds ([\d,]+) of ([\d,]+) parameters", said).groups()
+    )
+    assert total == sum(tensor.numel() for tensor in weights(one_process).values())
+    assert 0.49 < local / total < 0.51
+    assert losses(tmp_path / "out") == pytest.approx(losses(one_process), abs=1e-5)
+    assert_loadable(tmp_path / "out", llama)
+    whole, single = weights(tmp_path / "out"), weights(one_process)
+    assert all(torch.allclose(whole[name], single[name], atol=2e-5) for name in single)
+
+    shutil.copytree(tmp_path / "out" / "checkpoint-2", tmp_path / "checkpoint-2")
+    flags += ["--resume_from_checkpoint", tmp_path / "checkpoint-2"]
+    forked.run_train(tmp_path / "resumed", *flags, processes=2, sharded=True)
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "out")
+    resumed = weights(tmp_path / "resumed")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.soak  # compiles DeepSpeed's CPU Adam once, which takes minutes
+@pytest.mark.timeout(900)
+def test_zero_3_with_both_offloads(one_process, llama, opt, data, tmp_path):
+    config = ["--deepspeed", "./configs/default_offload_opt_param.json"]
+    result = run(
+        *("train.py", "--model_name_or_path", llama, "--data_path", data, "--output_dir", tmp_path / "out", *RECIPE),
+        *("--gradient_accumulation_steps", "2", "--save_strategy", "no", *config),
+        processes=2,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr[-20000:]
+    assert losses(tmp_path / "out") == pytest.approx(losses(one_process), abs=1e-4)
+    assert rates(tmp_path / "out")[1:] == pytest.approx([2e-4 * 0.75, 2e-4 * 0.25, 0], rel=1e-6)  # the cosine's
+    assert_loadable(tmp_path / "out", llama)
+    whole, single = weights(tmp_path / "out"), weights(one_process)
+    assert all(torch.allclose(whole[name], single[name], atol=1e-4) for name in single)
+    command = next(command for command in README_COMMANDS if "--deepspeed" in command)
+    readme_run(list(command), llama, opt, tmp_path / "readme")
+
+
+def test_weights_are_trained_in_float32_whatever_the_checkpoint(llama, data, tmp_path):
+    base = tmp_path / "bf16"
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16)
+    model.generation_config.temperature = 0.6  # as published models have it, and as save_pretrained refuses it
+    transformers.AutoTokenizer.from_pretrained(llama).save_pretrained(base)
+    model.generation_config.do_sample = True
+    model.save_pretrained(base)
+    generation = json.loads((base / "generation_config.json").read_text())
+    (base / "generation_config.json").write_text(json.dumps({**generation, "do_sample": False}))
+    flags = ["--model_name_or_path", base, "--data_path", data, *RECIPE, "--max_steps", "1", "--save_strategy", "no"]
+    for dtype, extra in ((torch.float32, []), (torch.bfloat16, ["--dtype", "bfloat16", "--pad_token", "<unk>"])):
+        assert "do_sample is now true" in forked.run_train(tmp_path / str(dtype), *flags, *extra)
+        assert {tensor.dtype for tensor in weights(tmp_path / str(dtype)).values()} == {dtype}
+        rows = len(weights(tmp_path / str(dtype))["model.embed_tokens.weight"])
+        assert rows == model.config.vocab_size + (not extra)
+
+
+def test_held_out_examples_are_evaluated_after_saving(llama, data, tmp_path):
+    flags = ["--max_steps", "1", "--val_size", "0.2", "--evaluation_strategy", "no", "--save_strategy", "no"]
+    said = forked.run_train(tmp_path / "out", "--model_name_or_path", llama, "--data_path", data, *RECIPE, *flags)
+    assert "eval_loss" in said
+    log = json.loads((tmp_path / "out" / "eval_results.json").read_text())
+    assert log["eval_samples"] == 8 and log["eval_loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "said"),
+    [
+        (["--fsdp", "full_shard", "--fsdp_transformer_layer_cls_to_wrap", "Wrong"], 2, "layers are LlamaDecoderLayer"),
+        (["--pad_token", "<none>"], 2, "not in the tokenizer's vocabulary"),
+        (["--val_size", "1000"], 2, "--val_size 1000 of 40 examples"),
+        (["--model_max_length", "8"], 3, "raise --model_max_length"),
+        (["--model_name_or_path", "facebook/opt-125m"], 2, "--model_name_or_path facebook/opt-125m can't be loaded"),
+        (["--data_path", "tatsu-lab/alpaca"], 3, "Hub data set tatsu-lab/alpaca can't be loaded"),
+    ],
+)
+def test_what_is_wrong_is_said_before_weights_are_loaded(flags, code, said, llama, data, tmp_path):
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(llama / name, tmp_path)
+    out = tmp_path / "out"
+    flags = ["--model_name_or_path", tmp_path, "--data_path", data, "--output_dir", out, *flags]
+    process = forked.start(forked.train, tmp_path / "log", *flags)
+    process.join()
+    log = (tmp_path / "log").read_text()
+    assert process.exitcode == code, log
+    [line] = [line for line in log.splitlines() if line.startswith("error: ")]
+    assert said in line and "Traceback" not in log
+    assert not out.exists()
+
+
+def test_bad_data_under_torchrun_is_one_line_and_every_rank_stops(llama, tmp_path):
+    (tmp_path / "bad.json").write_text('[{"instruction": 1}]')
+    result = run(
+        *("train.py", "--model_name_or_path", llama, "--data_path", tmp_path / "bad.json", "--output_dir", tmp_path),
+        processes=2,
+        timeout=60,
+    )
+    assert result.returncode != 0
+    assert result.stderr.count("error: ") == 1 and '"instruction" is a number' in result.stderr
+
+
+def test_show_batch_prints_and_exits(llama, data, tmp_path):
+    flags = ["--model_name_or_path", llama, "--data_path", data, "--show_batch", "3"]
+    process = forked.start(forked.train, tmp_path / "log", *flags)
+    process.join()
+    said = (tmp_path / "log").read_text()
+    assert process.exitcode == 0 and said.count("--- record") == 3 and "«" in said, said

@@ -1,0 +1,133 @@
+"""Small random LLaMA checkpoints in every form that weight_diff reads, for its tests."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "weight_diff.py"
+WORD = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def model(dtype=torch.bfloat16, vocabulary=300, tied=False, seed=0, hidden=32, layers=2):
+    """Random weights; the same seed gives the same model up to rounding, whatever the other arguments."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        tie_word_embeddings=tied,
+    )
+    built = LlamaForCausalLM(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in built.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    return built.to(dtype)
+
+
+def tuned_from(raw, dtype=None, vocabulary=None, tied=None, seed=1):
+    """A model near `raw`: its values plus noise, the vocabulary grown at the end."""
+    config = raw.config
+    tuned = model(
+        dtype=torch.float32,
+        vocabulary=vocabulary or config.vocab_size,
+        tied=config.tie_word_embeddings if tied is None else tied,
+        seed=seed,
+        hidden=config.hidden_size,
+        layers=config.num_hidden_layers,
+    )
+    base = raw.state_dict()
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            rows = base[name].shape[0]
+            parameter[:rows] = base[name].float() + 0.001 * parameter[:rows]
+    return tuned.to(dtype or raw.dtype)
+
+
+def save(built, path, sharded=False):
+    built.save_pretrained(path, max_shard_size="20KB" if sharded else "5GB")
+    return path
+
+
+def save_bin(state, config, path, shards=1):
+    """`pytorch_model.bin`, or shards with an index, as transformers wrote them in 2023."""
+    path.mkdir(parents=True)
+    config.save_pretrained(path)
+    names = list(state)
+    if shards == 1:
+        torch.save(dict(state), path / "pytorch_model.bin")
+        return path
+    weight_map = {}
+    for shard in range(shards):
+        part = names[shard * len(names) // shards : (shard + 1) * len(names) // shards]
+        file = f"pytorch_model-{shard + 1:05d}-of-{shards:05d}.bin"
+        torch.save({name: state[name].clone() for name in part}, path / file)
+        weight_map.update(dict.fromkeys(part, file))
+    total = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    return path
+
+
+def load(path):
+    """All tensors of a directory, by the libraries, whole in memory."""
+    state = {}
+    for file in sorted(path.glob("*.safetensors")):
+        state.update(load_file(file))
+    for file in sorted(path.glob("*.bin")):
+        state.update(torch.load(file, weights_only=True))
+    return state
+
+
+def bits(tensor):
+    return tensor.contiguous().view(WORD[tensor.element_size()])
+
+
+def assert_same_bits(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        assert one[name].dtype == other[name].dtype and one[name].shape == other[name].shape, name
+        assert torch.equal(bits(one[name]), bits(other[name])), name
+
+
+def save_tokenizer(path, vocabulary=300):
+    """Byte-level: any text becomes ids below 256."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(alphabet)}, merges=[]))
+    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokens.decoder = decoders.ByteLevel()
+    tokens.add_tokens([f"<extra_{number}>" for number in range(vocabulary - 256)])
+    PreTrainedTokenizerFast(tokenizer_object=tokens).save_pretrained(path)
+
+
+def save_holes(path, elements):
+    """bfloat16 tensors of {name: number of elements} that are one hole in a file: they cost no disk."""
+    path.mkdir()
+    (path / "config.json").write_text('{"model_type": "llama"}')
+    header, end = {}, 0
+    for name, count in elements.items():
+        header[name] = {"dtype": "BF16", "shape": [count], "data_offsets": [end, end + 2 * count]}
+        end += 2 * count
+    text = json.dumps(header).encode()
+    with open(path / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
+def tree(path):
+    """Every file under a directory and its bytes."""
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def run(*arguments, **options):
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
