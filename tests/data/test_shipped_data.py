@@ -27,7 +27,7 @@ PROMPT = (ROOT / "prompt.txt").read_text(encoding="utf-8")
 SEEDS = [json.loads(line) for line in (ROOT / "seed_tasks.jsonl").read_text(encoding="utf-8").splitlines()]
 EXAMPLES = json.loads((ROOT / "alpaca_data.json").read_text(encoding="utf-8"))
 REFERENCE = json.loads((ROOT / "tests" / "data" / "reference_hashes.json").read_text(encoding="utf-8"))
-DATASHEET = (ROOT / "datasheet.md").read_text(encoding="utf-8")
+DATASHEET = (ROOT / "docs" / "datasheet.md").read_text(encoding="utf-8")
 
 SEED_INSTRUCTIONS = [seed["instruction"] for seed in SEEDS]
 INSTRUCTIONS = [example["instruction"] for example in EXAMPLES]
@@ -414,7 +414,7 @@ MODEL_CARD_SECTIONS += "|Ethical considerations|Caveats and recommendations"
 
 
 @pytest.mark.parametrize(
-    ("name", "sections"), [("datasheet.md", DATASHEET_SECTIONS), ("model_card.md", MODEL_CARD_SECTIONS)]
+    ("name", "sections"), [("docs/datasheet.md", DATASHEET_SECTIONS), ("docs/model_card.md", MODEL_CARD_SECTIONS)]
 )
 def test_documents_have_their_sections(name, sections):
     text = (ROOT / name).read_text(encoding="utf-8")
