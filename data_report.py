@@ -5,7 +5,8 @@
         --tokenizer huggyllama/llama-7b --output_dir report
 
 writes report/index.html (nothing else is needed to read it), report/report.json and report/verb_noun.png. Row numbers
-count from 0. Charts need matplotlib (pip install -r requirements-dev.txt).
+count from 0. Charts need matplotlib (pip install -r requirements-dev.txt), verbs and objects need spaCy and its model
+(pip install spacy && python -m spacy download en_core_web_sm); without these two the rest of the report is made.
 """
 
 import argparse
@@ -14,50 +15,26 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from alpaca.common import ExitCode, ExpectedError, atomic_write, jdump, run_main
-from alpaca.data.examples import load_examples
-from alpaca.report import verb_noun
-from alpaca.report.measures import (
-    contamination,
-    find_duplicates,
-    histogram,
-    inspect_outputs,
-    measure_lengths,
-    near_duplicates,
-    shared_bins,
-    similarity_to_seeds,
-    token_figures,
-)
-from alpaca.training.models import from_pretrained
-from alpaca.training.special_tokens import complete_tokenizer
-
-ROOT = Path(__file__).resolve().parent
+from alpaca.common import ROOT, ExitCode, ExpectedError, atomic_write, jdump, run_main
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--data_path", required=True, help=".json or .jsonl file of examples, or a Hub data set")
     add("--output_dir", required=True, help="directory for index.html, report.json and verb_noun.png")
     add("--compare", metavar="DATA_PATH", help="a second data set, shown beside the first (default: none)")
-    add(
-        "--against",
-        metavar="FILE",
-        help="evaluation tasks that must not be in the data: examples, or tasks in the form of seed_tasks.jsonl "
-        "(default: none)",
-    )
-    add("--seed_tasks_path", default=str(ROOT / "seed_tasks.jsonl"), help="seed tasks to measure similarity to")
+    add("--against", metavar="FILE", help="evaluation tasks that must not be in the data (default: none)")
+    add("--seed_tasks_path", metavar="FILE", default=str(ROOT / "seed_tasks.jsonl"), help="default: seed_tasks.jsonl")
     add("--tokenizer", metavar="DIR_OR_ID", help="count tokens with this tokenizer as well (default: words only)")
-    add("--model_max_length", type=int, default=512, help="tokens after which training cuts an example (default: 512)")
-    add(
-        "--parser",
-        help=f"spaCy model (name or directory) that finds verbs and objects, or '{verb_noun.RULE}' (default: "
-        f"{verb_noun.DEFAULT_MODEL} where it is installed, the rule elsewhere)",
-    )
+    add("--model_max_length", type=int, default=512, help="tokens after which training cuts (default: 512)")
+    add("--parser", metavar="DIR_OR_NAME", help="spaCy model (default: en_core_web_sm, where it is installed)")
     add("--verb_noun_png", metavar="FILE", help="where the sunburst goes (default: OUTPUT_DIR/verb_noun.png)")
     return parser.parse_args()
 
@@ -65,71 +42,82 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     if args.model_max_length < 1:
-        raise ExpectedError(
-            f"--model_max_length {args.model_max_length} is no length; give 1 token or more", ExitCode.USAGE
-        )
+        message = f"--model_max_length {args.model_max_length} is no length; give 1 token or more"
+        raise ExpectedError(message, ExitCode.USAGE)
     page = import_page()
+    from alpaca.data.examples import load_examples
+    from alpaca.report import measures, verb_noun
+
+    index, figures = (os.path.join(args.output_dir, name) for name in ("index.html", "report.json"))
+    png = args.verb_noun_png or os.path.join(args.output_dir, "verb_noun.png")
+    keep_inputs([args.data_path, args.compare, args.against, args.seed_tasks_path], [index, figures, png])
     prepare_directory(args.output_dir)
-    sets = [(args.data_path, load_examples(args.data_path))]
+    data_sets = {args.data_path: load_examples(args.data_path)}
     if args.compare:
         with naming("--compare"):
-            sets.append((args.compare, load_examples(args.compare)))
+            data_sets[args.compare] = load_examples(args.compare)
     seeds = load_tasks(args.seed_tasks_path, "--seed_tasks_path")
     tasks = load_tasks(args.against, "--against") if args.against else None
-    parser = verb_noun.load_parser(args.parser)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
+    parser = verb_noun.load_parser(args.parser)
 
-    lengths = [measure_lengths(examples, tokenizer) for _, examples in sets]
-    bins = {field: shared_bins([measured[field] for measured in lengths]) for field in lengths[0]}
+    lengths = {path: measures.measure_lengths(examples, tokenizer) for path, examples in data_sets.items()}
     reports = []
-    names = short_names([path for path, _ in sets])
-    for name, (path, examples), measured in zip(names, sets, lengths, strict=True):
-        pairs, found_by = verb_noun.root_verbs([example["instruction"] for example in examples], parser)
+    for path, examples in data_sets.items():
+        instructions = [example["instruction"] for example in examples]
+        histograms = {
+            field: measures.histogram(values, measures.shared_bins([measured[field] for measured in lengths.values()]))
+            for field, values in lengths[path].items()
+        }
         report = {
-            "name": name,
+            "name": os.path.basename(path.rstrip("/")),
             "data_path": path,
             "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest() if os.path.isfile(path) else None,
             "rows": len(examples),
             "rows_with_input": sum(bool(example["input"]) for example in examples),
-            "lengths": {field: histogram(values, bins[field]) for field, values in measured.items()},
-            "outputs": inspect_outputs([example["output"] for example in examples]),
-            "duplicates": find_duplicates(examples),
-            "near_duplicates": near_duplicates([example["instruction"] for example in examples]),
-            "seeds": similarity_to_seeds(examples, seeds),
-            "root_verbs": {
-                "parser": found_by,
-                "rows_with_verb": sum(bool(verb) for verb, _ in pairs),
-                "rows_with_object": sum(all(pair) for pair in pairs),
-                "top": verb_noun.sunburst_counts(pairs),
-            },
+            "lengths": histograms,
+            "outputs": measures.inspect_outputs([example["output"] for example in examples]),
+            "duplicates": measures.find_duplicates(examples),
+            "near_duplicates": measures.near_duplicates(instructions),
+            "seeds": measures.similarity_to_seeds(examples, seeds),
+            "root_verbs": verb_noun.count_verbs(instructions, parser),
         }
         if tokenizer:
-            report["tokens"] = token_figures(measured, args.model_max_length)
+            report["tokens"] = measures.token_figures(lengths[path], args.model_max_length)
         if tasks:
-            report["contamination"] = contamination(examples, tasks)
+            report["contamination"] = measures.contamination(examples, tasks)
         reports.append(report)
+    if len({report["name"] for report in reports}) < len(reports):  # two files of the same name
+        reports = [report | {"name": report["data_path"]} for report in reports]
 
     settings = {key: value for key, value in vars(args).items() if key not in ("output_dir", "verb_noun_png")}
-    jdump({"settings": settings, "data_sets": reports}, os.path.join(args.output_dir, "report.json"))
-    html = page.build(reports, [examples for _, examples in sets], settings)
-    with atomic_write(os.path.join(args.output_dir, "index.html")) as file:
-        file.write(html)
-    png = args.verb_noun_png or os.path.join(args.output_dir, "verb_noun.png")
-    with atomic_write(png, "wb") as file:
-        page.sunburst_png(reports[0], file)
-    print(f"wrote {os.path.join(args.output_dir, 'index.html')}, report.json and {png}")
+    jdump({"settings": settings, "data_sets": reports}, figures)
+    with atomic_write(index) as file:
+        file.write(page.build(reports, list(data_sets.values()), settings))
+    if parser:
+        with atomic_write(png, "wb") as file:
+            page.sunburst_png(reports[0], file)
+    print(f"wrote {index}, report.json" + (f" and {png}" if parser else ""))
 
 
 def import_page() -> Any:
     """The module that draws; it needs matplotlib, which nothing else in this project does."""
     try:
-        from alpaca.report import page as report_page
+        from alpaca.report import page
     except ImportError as error:
         raise ExpectedError(
             f"charts need matplotlib ({error}); pip install matplotlib, or pip install -r requirements-dev.txt",
             ExitCode.USAGE,
         )
-    return report_page
+    return page
+
+
+def keep_inputs(inputs: list[str | None], outputs: list[str]) -> None:
+    kept = {os.path.realpath(path): path for path in inputs if path}
+    for output in outputs:
+        if os.path.realpath(output) in kept:
+            message = f"{output} is to be written and is also read; choose another --output_dir or --verb_noun_png"
+            raise ExpectedError(message, ExitCode.USAGE)
 
 
 def prepare_directory(directory: str) -> None:
@@ -152,6 +140,9 @@ def naming(flag: str) -> Iterator[None]:
 
 def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
+
+    from alpaca.training.models import from_pretrained
+    from alpaca.training.special_tokens import complete_tokenizer
 
     with naming("--tokenizer"):
         tokenizer = from_pretrained(AutoTokenizer, name)
@@ -186,12 +177,6 @@ def load_tasks(path: str, flag: str) -> list[dict[str, str]]:
     if not tasks:
         raise ExpectedError(f"{flag} {path} holds no tasks; choose another file", ExitCode.DATA)
     return tasks
-
-
-def short_names(paths: Sequence[str]) -> list[str]:
-    """File names without directories where they tell the sets apart."""
-    names = [os.path.basename(path.rstrip("/")) for path in paths]
-    return names if len(set(names)) == len(names) else list(paths)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """What data_report.py finds in a data set: lengths, padding, repetitions, near-duplicates, contamination."""
 
 import collections
-import heapq
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,12 +13,11 @@ from alpaca.data.similarity import TokenEncoder, rouge_l
 from alpaca.prompts import format_prompt
 
 THRESHOLD = 0.7  # ROUGE-L F above which two instructions count as near-duplicates, as in the generation of 2023
-BATCH_SIZES = (2, 4, 8, 16, 32, 64, 128)  # examples padded to the longest among them
+BATCH_SIZES = (2, 4, 8, 16, 32, 64, 128)  # examples
 LISTED = 1000  # rows or pairs that report.json lists of each finding; the counts are of all
-PAIR_BLOCK, MATCH_BLOCK = 256, 512  # texts compared at once: enough for all cores, scores of a block in memory
+BLOCK = 256  # texts compared at once: enough for all cores, and their scores fit in memory
 BINS = 40
 SEED = 0  # of the random batches
-
 
 # Words that hardly end a sentence or a line.
 DANGLING = set(
@@ -35,40 +33,35 @@ def measure_lengths(examples: Sequence[dict[str, str]], tokenizer: Any | None) -
 
     "example_tokens" is what training sees, prompt and response with the end token; "prompt_tokens" the prompt's share.
     """
-    fields = {
-        "instruction": [example["instruction"] for example in examples],
-        "input": [example["input"] for example in examples if example["input"]],
-        "output": [example["output"] for example in examples],
-    }
-    lengths = {f"{name}_words": np.array([len(text.split()) for text in texts]) for name, texts in fields.items()}
+    texts = {field: [example[field] for example in examples] for field in ("instruction", "input", "output")}
+    texts["input"] = [text for text in texts["input"] if text]
+    lengths = {f"{field}_words": np.array([len(text.split()) for text in texts[field]], dtype=int) for field in texts}
     if tokenizer:
-        for name, texts in fields.items():
-            lengths[f"{name}_tokens"] = count_tokens(texts, tokenizer, name)
+        lengths |= {f"{field}_tokens": count_tokens(texts[field], tokenizer) for field in texts}
         prompts = [format_prompt(example) for example in examples]
-        whole = tokenize(prompts, [text + tokenizer.eos_token for text in fields["output"]], tokenizer)
+        whole = tokenize(prompts, [text + tokenizer.eos_token for text in texts["output"]], tokenizer)
         lengths |= {"example_tokens": whole.lengths, "prompt_tokens": whole.prompt_lengths}
     return lengths
 
 
-def count_tokens(texts: Sequence[str], tokenizer: Any, name: str) -> np.ndarray:
-    counts = []
-    for first in tqdm(range(0, len(texts), 2000), f"tokenize {name}s", disable=None, leave=False):
-        encoded = tokenizer(list(texts[first : first + 2000]), add_special_tokens=False, return_attention_mask=False)
-        counts.extend(map(len, encoded["input_ids"]))
-    return np.array(counts, dtype=np.int64)
+def count_tokens(texts: Sequence[str], tokenizer: Any) -> np.ndarray:
+    counts: list[int] = []
+    for first in range(0, len(texts), 2000):  # in one go, 52,000 texts would take a gigabyte
+        counts += map(len, tokenizer(texts[first : first + 2000], add_special_tokens=False)["input_ids"])
+    return np.array(counts, dtype=int)
 
 
-def shared_bins(values: Sequence[np.ndarray]) -> np.ndarray:
+def shared_bins(lengths: Sequence[np.ndarray]) -> np.ndarray:
     """Left edges of bins of equal whole width up to the 99th percentile of all sets; the last bin takes the rest."""
-    together = np.concatenate([v for v in values if len(v)] or [np.zeros(1)])
-    top = max(int(np.percentile(together, 99)), 1)
+    together = np.concatenate(lengths)
+    top = max(int(np.percentile(together, 99)), 1) if len(together) else 1
     width = -(-top // BINS)
     return np.arange(0, top + width, width)
 
 
 def histogram(values: np.ndarray, bins: np.ndarray) -> dict[str, Any]:
     """Counts of values in bins given by their left edges, the last one open; and mean, median, 99th percentile, max."""
-    counts = np.bincount(np.searchsorted(bins, values, side="right") - 1, minlength=len(bins))
+    counts = np.histogram(values, [*bins, np.inf])[0]
     summary = {"rows": len(values), "bin_starts": bins.tolist(), "counts": counts.tolist(), "last_bin_is_open": True}
     if len(values):
         summary |= {"mean": round(float(np.mean(values)), 1), "median": float(np.median(values))}
@@ -108,13 +101,12 @@ def padding_share(lengths: np.ndarray, batch_size: int) -> float:
 
 def inspect_outputs(outputs: Sequence[str]) -> dict[str, Any]:
     """Rows whose output is empty, looks cut off, or holds characters beyond ASCII, and which characters these are."""
-    foreign = [row for row, text in enumerate(outputs) if not text.isascii()]
-    characters = collections.Counter(c for row in foreign for c in set(outputs[row]) if not c.isascii())
-    truncated = [row for row, text in enumerate(outputs) if looks_truncated(text)]
+    characters = collections.Counter(c for text in outputs for c in set(text) if not c.isascii())
     return {
         "empty": finding([row for row, text in enumerate(outputs) if not text.strip()]),
-        "truncated_looking": finding(truncated),
-        "non_ascii": finding(foreign) | {"rows_by_character": dict(characters.most_common(20))},
+        "truncated_looking": finding([row for row, text in enumerate(outputs) if looks_truncated(text)]),
+        "non_ascii": finding([row for row, text in enumerate(outputs) if not text.isascii()])
+        | {"rows_by_character": dict(characters.most_common(20))},
     }
 
 
@@ -142,7 +134,7 @@ def find_duplicates(examples: Sequence[dict[str, str]]) -> dict[str, Any]:
     """Rows that repeat an earlier row, wholly or in instruction and input: [row, the first like it]."""
     repeats = {}
     for name, keys in (("whole_rows", ("instruction", "input", "output")), ("prompts", ("instruction", "input"))):
-        first = {}
+        first: dict[tuple[str, ...], int] = {}
         seen = [(row, first.setdefault(tuple(e[k] for k in keys), row)) for row, e in enumerate(examples)]
         repeats[name] = finding([[row, earlier] for row, earlier in seen if row != earlier])
     return repeats
@@ -154,88 +146,63 @@ def similar_pairs(texts: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray
     F = 2·lcs / (a + b) for lengths a ≤ b, and lcs ≤ a; so F > 0.7 needs 2a / (a + b) > 0.7, b < 13/7·a. With the texts
     in order of length each block meets only the texts up to 13/7 of its longest: nothing is lost, and most is skipped.
     """
-    order = sorted((i for i, text in enumerate(texts) if text), key=lambda i: len(texts[i]))
-    ordered, indices = [texts[i] for i in order], np.array(order, dtype=np.int64)
+    order = np.array(sorted((i for i, text in enumerate(texts) if text), key=lambda i: len(texts[i])), dtype=int)
+    ordered = [texts[i] for i in order]
     lengths = np.array([len(text) for text in ordered])
-    with tqdm(total=len(ordered), desc="pairs", unit=" texts", disable=None, leave=False) as progress:
-        for first in range(0, len(ordered), PAIR_BLOCK):
-            block = ordered[first : first + PAIR_BLOCK]
-            end = int(np.searchsorted(7 * lengths, 13 * len(block[-1]), side="right"))
-            scores = rouge_l(block, ordered[first:end], workers=-1)  # (B, texts of the block and after it)
-            left, right = np.nonzero(scores > THRESHOLD)
-            later = right > left
-            left, right = left[later], right[later]
-            yield scores[left, right], indices[first + left], indices[first + right]
-            progress.update(len(block))
+    for start in tqdm(range(0, len(ordered), BLOCK), "pairs", disable=None, leave=False):
+        block = ordered[start : start + BLOCK]
+        end = np.searchsorted(7 * lengths, 13 * len(block[-1]), side="right")
+        scores = rouge_l(block, ordered[start:end], workers=-1)  # (texts of the block, these and later ones)
+        left, right = np.nonzero(np.triu(scores > THRESHOLD, k=1))  # each pair once
+        yield scores[left, right], order[start + left], order[start + right]
 
 
 def near_duplicates(instructions: Sequence[str]) -> dict[str, Any]:
-    """Pairs of rows whose instructions are more than 0.7 alike: their number, their scores, and the most alike.
-
-    Instructions with the same words are compared once and counted as often as they occur.
-    """
+    """Pairs of rows whose instructions are more than 0.7 alike: their number, their scores, and the most alike."""
     encode = TokenEncoder()
-    groups = collections.defaultdict(list)
-    for row, instruction in enumerate(instructions):
-        groups[encode(instruction)].append(row)
-    groups.pop("", None)  # no words: similar to nothing
-    members = list(groups.values())
-    sizes = np.array([len(rows) for rows in members], dtype=np.int64)
-    involved = sizes > 1
-    same_words = int((sizes * (sizes - 1) // 2).sum())
-    shape = score_histogram(np.ones(0), THRESHOLD)
-    counts = np.array(shape["counts"], dtype=np.int64)
-    counts[-1] += same_words
-    total = same_words
-    best = [(1.0, -a, -b) for rows in members for a, b in first_pairs(rows)]
-    for scores, left, right in similar_pairs(list(groups)):
-        weights = sizes[left] * sizes[right]
-        counts += np.histogram(scores, [*shape["bin_starts"], 1.0], weights=weights)[0].astype(np.int64)
-        total += int(weights.sum())
-        involved[left] = involved[right] = True
-        found = zip(scores.tolist(), left.tolist(), right.tolist(), strict=True)
-        best += [(score, *sorted((-members[i][0], -members[j][0]), reverse=True)) for score, i, j in found]
-        best = heapq.nlargest(LISTED, best)
+    texts = [encode(instruction) for instruction in instructions]
+    shape = score_histogram(np.zeros(0), THRESHOLD)
+    counts, in_a_pair = np.array(shape["counts"]), np.zeros(len(texts), dtype=bool)
+    most_similar: list[tuple[float, int, int]] = []  # (-score, row, later row)
+    for scores, left, right in similar_pairs(texts):
+        counts += np.histogram(scores, [*shape["bin_starts"], 1.0])[0]
+        in_a_pair[left] = in_a_pair[right] = True
+        left, right = np.minimum(left, right), np.maximum(left, right)
+        best = np.lexsort((right, left, -scores))[:LISTED]
+        found = zip((-scores[best]).tolist(), left[best].tolist(), right[best].tolist(), strict=True)
+        most_similar = sorted([*most_similar, *found])[:LISTED]
+    total = int(counts.sum())
     return {
         "threshold": THRESHOLD,
         "pairs": total,
-        "pairs_with_the_same_words": same_words,
-        "rows_in_a_pair": int(sizes[involved].sum()),
+        "pairs_with_the_same_words": sum(n * (n - 1) // 2 for text, n in collections.Counter(texts).items() if text),
+        "rows_in_a_pair": int(in_a_pair.sum()),
         "scores": {**shape, "rows": total, "counts": counts.tolist()},
-        "most_similar": [[round(score, 4), -a, -b] for score, a, b in heapq.nlargest(LISTED, best)],
+        "most_similar": [[round(-negative, 4), *rows] for negative, *rows in most_similar],
     }
 
 
-def first_pairs(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
-    return ((rows[0], row) for row in rows[1:])
+def compare(texts: Sequence[str], pool: Sequence[str]) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """ROUGE-L F of each text to the nearest of the pool (N,), and of each of the pool to the nearest text (M,).
 
-
-def best_matches(texts: Sequence[str], pool: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Highest ROUGE-L F of each text to the pool (N,), where in the pool (N,); and of each pool text to the texts (M,).
-
-    Texts are encoded already.
+    Also the texts over 0.7 as a finding: [text, its nearest of the pool, score], most alike first.
     """
-    best, where, pool_best = np.zeros(len(texts)), np.zeros(len(texts), dtype=np.int64), np.zeros(len(pool))
-    for first in tqdm(range(0, len(texts), MATCH_BLOCK), "compare", disable=None, leave=False):
-        scores = rouge_l(texts[first : first + MATCH_BLOCK], pool, workers=-1)  # (B, M)
-        rows = slice(first, first + len(scores))
-        best[rows], where[rows] = scores.max(axis=1), scores.argmax(axis=1)
+    encode = TokenEncoder()
+    texts, pool = [encode(text) for text in texts], [encode(text) for text in pool]
+    best, where, pool_best = np.zeros(len(texts)), np.zeros(len(texts), dtype=int), np.zeros(len(pool))
+    for start in tqdm(range(0, len(texts), BLOCK), "compare", disable=None, leave=False):
+        scores = rouge_l(texts[start : start + BLOCK], pool, workers=-1)  # (texts of the block, M)
+        best[start : start + BLOCK], where[start : start + BLOCK] = scores.max(axis=1), scores.argmax(axis=1)
         pool_best = np.maximum(pool_best, scores.max(axis=0))
-    return best, where, pool_best
+    rows = [row for row in np.argsort(-best, kind="stable").tolist() if best[row] > THRESHOLD]
+    return best, pool_best, finding([[row, int(where[row]), round(float(best[row]), 4)] for row in rows])
 
 
 def similarity_to_seeds(examples: Sequence[dict[str, str]], seeds: Sequence[dict[str, str]]) -> dict[str, Any]:
-    """How close each instruction comes to the nearest seed task."""
-    encode = TokenEncoder()
-    pool = [encode(seed["instruction"]) for seed in seeds]
-    best, where, _ = best_matches([encode(example["instruction"]) for example in examples], pool)
-    over = [[row, int(where[row]), round(float(best[row]), 4)] for row in np.flatnonzero(best > THRESHOLD).tolist()]
-    return {
-        "seed_tasks": len(seeds),
-        "mean": round(float(best.mean()), 4),
-        "over_threshold": finding(over),  # [row, seed, score]
-        "scores": score_histogram(best),
-    }
+    """How close each instruction comes to the nearest seed task; rows over 0.7 as [row, seed, score]."""
+    best, _, over = compare([e["instruction"] for e in examples], [seed["instruction"] for seed in seeds])
+    mean = round(float(best.mean()), 4)
+    return {"seed_tasks": len(seeds), "mean": mean, "over_threshold": over, "scores": score_histogram(best)}
 
 
 def contamination(examples: Sequence[dict[str, str]], tasks: Sequence[dict[str, str]]) -> dict[str, Any]:
@@ -244,17 +211,13 @@ def contamination(examples: Sequence[dict[str, str]], tasks: Sequence[dict[str, 
     Many tasks share an instruction such as "Correct the grammar" and differ in the input, so that the first count says
     where to look, and the second what leaks. Rows are listed as [row, task, score].
     """
-    result = {"tasks": len(tasks)}
+    result: dict[str, Any] = {"tasks": len(tasks)}
     for name, keys in (("instruction", ("instruction",)), ("instruction_and_input", ("instruction", "input"))):
-        encode = TokenEncoder()
-        pool = [encode("\n".join(task[key] for key in keys)) for task in tasks]
-        texts = [encode("\n".join(example[key] for key in keys)) for example in examples]
-        best, where, task_best = best_matches(texts, pool)
-        rows = np.flatnonzero(best > THRESHOLD)
-        rows = rows[np.argsort(-best[rows], kind="stable")].tolist()
+        texts, pool = (["\n".join(entry[key] for key in keys) for entry in entries] for entries in (examples, tasks))
+        _, task_best, over = compare(texts, pool)
         result[name] = {
             "tasks_over_threshold": int((task_best > THRESHOLD).sum()),
-            "rows_over_threshold": finding([[row, int(where[row]), round(float(best[row]), 4)] for row in rows]),
+            "rows_over_threshold": over,
             "scores": {**score_histogram(task_best), "mean": round(float(task_best.mean()), 4)},
         }
     return result
