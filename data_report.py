@@ -5,8 +5,8 @@
         --tokenizer huggyllama/llama-7b --output_dir report
 
 writes report/index.html (nothing else is needed to read it), report/report.json and report/verb_noun.png. Row numbers
-count from 0. Charts need matplotlib (pip install -r requirements-dev.txt), verbs and objects need spaCy and its model
-(pip install spacy && python -m spacy download en_core_web_sm); without these two the rest of the report is made.
+count from 0. Charts need matplotlib (pip install -r requirements-dev.txt). Verbs and objects need spaCy and its model
+(pip install spacy && python -m spacy download en_core_web_sm); without them the rest of the report is made.
 """
 
 import argparse
@@ -60,6 +60,8 @@ def main() -> None:
     tasks = load_tasks(args.against, "--against") if args.against else None
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     parser = verb_noun.load_parser(args.parser)
+    if args.verb_noun_png and not parser:
+        raise ExpectedError(f"--verb_noun_png needs spaCy and its English model; {verb_noun.INSTALL}", ExitCode.USAGE)
 
     lengths = {path: measures.measure_lengths(examples, tokenizer) for path, examples in data_sets.items()}
     reports = []

@@ -46,7 +46,8 @@ def first_pair(document: Any) -> Pair:
     for sentence in document.sents:
         if sentence.root.pos_ == "VERB":
             objects = [word for word in sentence.root.children if word.dep_ in ("dobj", "obj")]
-            nouns = [word.lemma_.lower() for word in objects if word.pos_ in ("NOUN", "PROPN")]
+            # A noun has two letters or more: of "e-mail" spaCy makes "e", "-", "mail".
+            nouns = [word.lemma_.lower() for word in objects if word.pos_ in ("NOUN", "PROPN") and len(word) > 1]
             return sentence.root.lemma_.lower(), nouns[0] if nouns else ""
     return "", ""
 
