@@ -123,17 +123,16 @@ def sunburst_png(report: dict, file: io.IOBase) -> None:
 def _bar_charts(reports: Sequence[dict], description: str, y: str, draw: Callable[[Any, dict, str], str]) -> str:
     """A chart a data set, side by side on the same scales; `draw(axes, report, color)` returns its title."""
 
-    def figure() -> Figure:
+    def draw_all() -> Figure:
         figure = Figure(figsize=(5.6 * len(reports), 2.9), layout="constrained")
-        for ax, report, color in zip(
-            figure.subplots(1, len(reports), sharex=True, sharey=True, squeeze=False)[0], reports, COLORS, strict=False
-        ):
+        charts = figure.subplots(1, len(reports), sharex=True, sharey=True, squeeze=False)[0]
+        for ax, report, color in zip(charts, reports, COLORS, strict=False):
             ax.set_title(draw(ax, report, color))
             ax.set_ylabel(y)
             ax.yaxis.set_tick_params(labelleft=True)
         return figure
 
-    return _svg(description, figure)
+    return _svg(description, draw_all)
 
 
 def _bars(ax: Any, histogram: dict, color: str) -> None:
@@ -153,8 +152,8 @@ def _sunburst(reports: Sequence[dict]) -> Figure:
                 (noun, rows, colorsys.hls_to_rgb(hue, 0.80 - 0.03 * (position % 2), 0.55))
                 for position, (noun, rows) in enumerate(verb["objects"])
             ]
-        shown = f"{sum(rows for _, rows, _ in verbs):,} of {report['rows']:,} rows"
-        title = f"Root verbs and their objects: {report['name']}\n{shown}"
+        shown = sum(rows for _, rows, _ in verbs)
+        title = f"Root verbs and their objects: {report['name']}\n{shown:,} of {report['rows']:,} rows"
         ax.set_title(title, fontsize=14, loc="center")
         if verbs:
             _ring(ax, verbs, 0.24, 0.58, "white", 10)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 
 import pytest
 
@@ -40,6 +41,15 @@ def test_mistakes_end_in_one_line(tmp_path):
     assert result.returncode == 2
     assert "pip install matplotlib" in error_line(result)
     assert not list(output.glob("*"))
+
+
+def test_documented_commands_parse(monkeypatch):
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8") + data_report.__doc__
+    commands = re.findall(r"^ *python (data_report\.py(?:.*\\\n)*.*)$", text, re.MULTILINE)
+    assert len(commands) == 5
+    for command in commands:
+        monkeypatch.setattr("sys.argv", shlex.split(command))
+        assert data_report.parse_arguments().output_dir == "report"
 
 
 def test_help_fits_a_screen_and_imports_nothing_heavy():
