@@ -48,7 +48,7 @@ def test_documented_commands_parse(monkeypatch):
     commands = re.findall(r"^ *python (data_report\.py(?:.*\\\n)*.*)$", text, re.MULTILINE)
     assert len(commands) == 5
     for command in commands:
-        monkeypatch.setattr("sys.argv", shlex.split(command))
+        monkeypatch.setattr("sys.argv", shlex.split(command.replace("\\\n", " ")))
         assert data_report.parse_arguments().output_dir == "report"
 
 
