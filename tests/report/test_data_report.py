@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import sys
 
 import pytest
 
@@ -59,6 +60,17 @@ def test_help_fits_a_screen_and_imports_nothing_heavy():
     *lines, imported = result.stdout.splitlines()
     assert result.returncode == 0 and "--compare" in result.stdout
     assert len(lines) <= 50 and imported == "set()"
+
+
+def test_a_figure_that_was_asked_for_needs_spacy(tmp_path, monkeypatch):
+    arguments = ["--data_path", save(tmp_path / "good.json", rows("Write a poem.")), "--output_dir", tmp_path / "out"]
+    monkeypatch.setattr(
+        "sys.argv", ["data_report.py", *map(str, arguments), "--verb_noun_png", str(tmp_path / "v.png")]
+    )
+    monkeypatch.setitem(sys.modules, "spacy", None)
+    with pytest.raises(ExpectedError, match="--verb_noun_png needs spaCy") as caught:
+        data_report.main()
+    assert caught.value.exit_code == ExitCode.USAGE
 
 
 def test_no_input_is_written_over(tmp_path, monkeypatch):
