@@ -18,7 +18,7 @@ import pytest
 
 from alpaca.common import ExitCode, ExpectedError
 from alpaca.generation.self_instruct import encode_prompt, read_seed_tasks, sample_seed_tasks
-from alpaca.teacher.client import judge, retry_after_seconds
+from alpaca.teacher.replies import remedy_for as judge, retry_after_seconds
 from generate_instruction import export, generate_instruction_following_data, replay
 from tests.teacher.teacher_server import TeacherServer, answer_text, error, tasks_for
 
