@@ -181,7 +181,7 @@ def _nearest(wrong: str, known: Iterable[str], prefix: str = "") -> str:
 def _help(function: Callable[..., Any], name: str) -> str:
     summary, descriptions = read_docstring(function)
     lines = [f"usage: {name} {function.__name__} [--flag value …]", "", summary, ""]
-    margin = max(map(len, descriptions)) + 6
+    margin = max(map(len, descriptions), default=0) + 6
     for flag, (description, default) in descriptions.items():
         text = f"{description} [{default}]" if default else description
         lines += textwrap.wrap(text, 120, initial_indent=f"  --{flag}".ljust(margin), subsequent_indent=" " * margin)

@@ -1,0 +1,70 @@
+"""The commands of generate_instruction.py: help, wrong usage, replay and export."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from alpaca.common import ExitCode
+from generate_instruction import export, replay
+from tests.conftest import ROOT
+from tests.generation.runs import answers, fails, finish, generate, start
+from tests.teacher.teacher_server import TeacherServer
+
+
+def test_replay_and_export(tmp_path, undisturbed, capsys):
+    with TeacherServer(delay=0.005) as server:
+        generate(server, tmp_path, concurrency=8)
+        asked = len(server.bodies)
+        (tmp_path / "regen.json").unlink()
+        replay(str(tmp_path))
+        assert (tmp_path / "regen.json").read_bytes() == undisturbed
+        replay(str(tmp_path), max_similarity=1.0, blacklist=(), num_instructions_to_generate=10_000)
+        relaxed = json.loads((tmp_path / "regen.json").read_text())
+        assert len(relaxed) == 6 * len(answers(tmp_path))  # everything that the teacher wrote
+        replay(str(tmp_path), max_similarity=0.05, blacklist="to,ba1", min_words=8)
+        strict = json.loads((tmp_path / "regen.json").read_text())
+        assert 0 < len(strict) < 40 and all(len(entry["instruction"].split()) >= 8 for entry in strict)
+        replay(str(tmp_path))
+        assert len(server.bodies) == asked
+    export(str(tmp_path), path=str(tmp_path / "alpaca_data.json"))
+    examples = json.loads((tmp_path / "alpaca_data.json").read_text())
+    kept = json.loads(undisturbed)
+    assert examples == [{part: entry[part] for part in ("instruction", "input", "output")} for entry in kept]
+    with fails(ExitCode.USAGE, "no requests.jsonl"):
+        replay(str(tmp_path / "nowhere"))
+    with fails(ExitCode.USAGE, r"no .*regen.json"):
+        export(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "match"),
+    [
+        (["--concurency", "3"], "unknown flag --concurency; did you mean --concurrency"),
+        (["--concurrency", "0"], "--concurrency 0: give a whole number from 1"),
+        (["--max_cost", "3"], "needs --price_in and --price_out"),
+        (["--temperature", "hot"], "--temperature hot: give a number"),
+        (["--api", "chats"], "choose chat or completions"),
+        (["--base_url", "localhost"], "--base_url"),
+        (["--seed_tasks_path", "/nonexistent/seeds.jsonl"], "seed_tasks_path"),
+    ],
+)
+def test_wrong_usage_is_one_line_before_any_request(tmp_path, flags, match):
+    with TeacherServer() as server:
+        code, _, err = finish(start(server, tmp_path, *flags))
+    assert code == (3 if "seed_tasks_path" in match else 2)
+    assert len(err.strip().splitlines()) == 1 and err.startswith("error: ") and match in err
+    assert not server.bodies
+
+
+def test_help_imports_neither_torch_nor_openai():
+    for arguments in (["--help"], ["generate_instruction_following_data", "--help"], ["replay", "--help"]):
+        command = [sys.executable, "-X", "importtime", "-m", "generate_instruction", *arguments]
+        result = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == 0 and "output_dir" in result.stdout + result.stderr
+        imported = {
+            line.split("|")[-1].strip() for line in result.stderr.splitlines() if line.startswith("import time:")
+        }
+        assert "generate_instruction" not in imported  # it runs as __main__
+        assert "alpaca.generation.self_instruct" in imported and not {"torch", "openai", "transformers"} & imported
