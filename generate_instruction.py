@@ -92,16 +92,17 @@ def generate_instruction_following_data(
         model_name: the teacher's name at the server.
         num_prompt_instructions: seed tasks in each prompt.
         request_batch_size: requests in flight at the same time, unless --concurrency is given.
-        temperature: of the teacher's sampling.
-        top_p: of the teacher's sampling.
+        temperature: the teacher's sampling temperature.
+        top_p: the teacher samples from the likeliest tokens that have this probability together.
         num_cpus: threads that compare instructions, at most as many as there are cores.
         seed: which seed tasks request i shows depends on this and on i only.
         api: "chat", or "completions" for base models on servers that have the legacy endpoint.
         base_url: the server, such as http://127.0.0.1:8000/v1; by default OPENAI_BASE_URL, or else OpenAI.
         concurrency: requests in flight at the same time; by default --request_batch_size.
-        max_tokens: of an answer; less where the server says that the context is too small.
+        max_tokens: of an answer; 0.8 times as many, repeatedly, where the server says that the context is too small.
         max_attempts: at one request, before the run stops with exit code 5.
-        sleep_time: seconds before the first retry; doubles with each further one, up to 60.
+        sleep_time: seconds before the first retry; doubles with each further one, up to 60, less up to half at random;
+            a server's Retry-After is obeyed.
         timeout: seconds for one attempt.
         max_requests: stop with exit code 5 before more requests than this, failed ones included.
         max_tokens_total: stop with exit code 5 before more tokens than this, of prompts and answers together.
@@ -110,7 +111,7 @@ def generate_instruction_following_data(
         max_cost: stop with exit code 5 before more money than this; needs the prices.
         batch_api: True to go through the Batch API: half the price, answers within 24 hours.
         batch_requests: requests in one batch at most.
-        poll_seconds: between two looks at a batch.
+        poll_seconds: seconds between two looks at a batch.
         max_similarity: drop an instruction whose ROUGE-L with a seed or a kept one is above this.
         min_words: drop shorter instructions.
         max_words: drop longer instructions.

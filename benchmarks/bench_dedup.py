@@ -1,7 +1,7 @@
 """Similarity of new instructions with a pool: 2023's method and ours, in one run. The last line is JSON.
 
 python benchmarks/bench_dedup.py                    # pools of 1K, 10K and 52K: about a minute
-python benchmarks/bench_dedup.py --whole_run        # and all the similarity work of a run that keeps 52,000
+python benchmarks/bench_dedup.py --whole_run True   # and all the similarity work of a run that keeps 52,000
 """
 
 import argparse
@@ -109,6 +109,6 @@ def main(pools: list[int], whole_run: bool) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--pools", default="1000,10000,52000", help="sizes, comma-separated")
-    parser.add_argument("--whole_run", action="store_true", help="also a run that keeps 52,000")
+    parser.add_argument("--whole_run", choices=["True", "False"], default="False", help="also a run that keeps 52,000")
     arguments = parser.parse_args()
-    main([int(size) for size in arguments.pools.split(",")], arguments.whole_run)
+    main([int(size) for size in arguments.pools.split(",")], arguments.whole_run == "True")

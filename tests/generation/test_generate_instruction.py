@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from alpaca.common import ExitCode
-from generate_instruction import export, replay
+from alpaca.common import ExitCode, read_docstring
+from generate_instruction import checked, export, generate_instruction_following_data, replay
 from tests.conftest import ROOT
 from tests.generation.runs import answers, fails, finish, generate, start
 from tests.teacher.teacher_server import TeacherServer
@@ -41,7 +41,13 @@ def test_replay_and_export(tmp_path, undisturbed, capsys):
 @pytest.mark.parametrize(
     ("flags", "match"),
     [
-        (["--concurency", "3"], "unknown flag --concurency; did you mean --concurrency"),
+        (["--concurency", "3"], "unknown flag --concurency; did you mean --concurrency?"),
+        (["-max_reqests=1"], "unknown flag --max_reqests; did you mean --max_requests?"),
+        (["--max_reqests=a b"], "unknown flag --max_reqests; did you mean --max_requests?"),
+        (["--no-batch-ap"], "unknown flag --no_batch_ap; did you mean --batch_api?"),
+        (["--batch_api", "perhaps"], "--batch_api perhaps: give True or False"),
+        (["--max_requests", "1", "replay"], "unexpected argument replay"),
+        (["-", "replay"], "unknown flag --; see --help"),
         (["--concurrency", "0"], "--concurrency 0: give a whole number from 1"),
         (["--max_cost", "3"], "needs --price_in and --price_out"),
         (["--temperature", "hot"], "--temperature hot: give a number"),
@@ -68,3 +74,55 @@ def test_help_imports_neither_torch_nor_openai():
         }
         assert "generate_instruction" not in imported  # it runs as __main__
         assert "alpaca.generation.self_instruct" in imported and not {"torch", "openai", "transformers"} & imported
+
+
+@pytest.mark.parametrize(
+    "flag", [["--batch_api", "false"], ["--batch_api=no"], ["--batch_api", "0"], ["--nobatch_api"]]
+)
+def test_no_batch_is_submitted_unless_asked_for(tmp_path, flag):
+    with TeacherServer() as server:
+        assert finish(start(server, tmp_path, *flag, target=1))[0] == 0
+        assert len(server.bodies) == 1 and not server.batches
+        assert finish(start(server, tmp_path / "batch", "--batch_api", target=1))[0] == 0
+        assert len(server.bodies) == 1 and len(server.batches) == 1
+
+
+def test_names_that_look_like_numbers_stay_names(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    command = [sys.executable, "-m", "generate_instruction", "generate_instruction_following_data"]
+    with TeacherServer() as server:
+        flags = ["--output_dir", "1e3", "--model_name", "4", "--seed_tasks_path", str(ROOT / "seed_tasks.jsonl")]
+        flags += ["--base_url", server.url, "--num_instructions_to_generate", "1", "--blacklist", "()"]
+        subprocess.run([*command, *flags], cwd=tmp_path, check=True, timeout=60)
+    assert server.bodies[0]["model"] == "4" and (tmp_path / "1e3" / "regen.json").exists()
+
+
+def test_arguments_of_a_python_caller_are_checked_too(tmp_path):
+    with TeacherServer() as server:
+        for wrong in (
+            {"batch_api": "false"},
+            {"batch_api": 1},
+            {"max_requests": 0},
+            {"temperature": True},
+            {"seed": "x"},
+        ):
+            with fails(ExitCode.USAGE, f"--{next(iter(wrong))} "):
+                generate(server, tmp_path, **wrong)
+        assert not server.bodies and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "words", [["draw", "go to"], ("draw", "go to"), "draw,go to", "draw, go to,", "('draw', 'go to')"]
+)
+def test_forms_of_the_blacklist(words):
+    assert checked(replay, {"blacklist": words})["blacklist"] == ["draw", "go to"]
+    assert [checked(replay, {"blacklist": none})["blacklist"] for none in ("()", "", (), None)] == [[], [], [], None]
+
+
+@pytest.mark.parametrize("function", [generate_instruction_following_data, replay, export])
+def test_the_tables_of_the_documentation_are_the_docstrings(function):
+    rows = ["| flag | default | meaning |", "| --- | --- | --- |"]
+    for flag, (description, default) in read_docstring(function)[1].items():
+        rows.append(f"| `--{flag}` | {default or 'none'} | {description} |")
+    table = "\n".join(["", f"### {function.__name__}", "", *rows, ""])
+    assert table in (ROOT / "docs" / "generation.md").read_text(), f"put this into docs/generation.md:\n{table}"
