@@ -20,19 +20,19 @@ from typing import Any
 
 from alpaca.common import ExitCode, ExpectedError, jdump, jload, run_commands, run_main
 from alpaca.generation.run import (
-    TASKS_PER_PROMPT,
     Run,
     begin_or_continue,
     last_settings,
     locked,
     open_log,
     say,
-    summary,
     use_logged_answers,
+    write_and_summarize,
 )
 from alpaca.generation.self_instruct import (
     BLACKLIST,
     DEFAULT_LIMITS,
+    TASKS_PER_PROMPT,
     Collection,
     encode_prompt,
     find_word_in_string,
@@ -40,7 +40,6 @@ from alpaca.generation.self_instruct import (
     prompt_text,
     read_seed_tasks,
     sample_seed_tasks,
-    write_regen,
 )
 from alpaca.teacher.client import DEFAULT_MODEL, OpenAIDecodingArguments, Teacher
 from alpaca.teacher.request_log import Meter
@@ -146,10 +145,6 @@ def generate_instruction_following_data(
         meter.count_logged(log.records)
         run = Run(teacher, collection, log, meter, output_dir, prompt_of, max_tokens)
 
-        def finish() -> None:
-            write_regen(collection, output_dir)
-            print(summary(collection, meter, output_dir))
-
         try:
             run.say_what_to_expect()
             batches = batch_requests if batch_api else 0
@@ -157,23 +152,25 @@ def generate_instruction_following_data(
         except OSError:
             raise  # the disk is full: regen.json stays as it is
         except BaseException:
-            finish()
+            write_and_summarize(collection, meter, output_dir)
             raise
-        finish()
+        write_and_summarize(collection, meter, output_dir)
 
 
 def checked(function: Callable, arguments: dict[str, Any]) -> dict[str, Any]:
     """→ the arguments, the blacklist as a list of words. Raises ExpectedError (USAGE) for one that cannot be meant."""
     for name, kind in typing.get_type_hints(function).items():
         value, kinds = arguments.get(name), {*typing.get_args(kind)} or {kind}
-        least = {"seed": -math.inf, "min_words": 0}.get(name, 1)
+        least = {"seed": -math.inf, "min_words": 0}.get(name, 1)  # of whole numbers
         if value is None and type(None) in kinds:
             continue
         if bool in kinds and not isinstance(value, bool):
             raise ExpectedError(f"--{name} {value}: give True or False", ExitCode.USAGE)
         whole = isinstance(value, int) and not isinstance(value, bool)
         if int in kinds and not (whole and value >= least):
-            raise ExpectedError(f"--{name} {value}: give a whole number from {least}", ExitCode.USAGE)
+            raise ExpectedError(
+                f"--{name} {value}: give a whole number{f' from {least}' if whole else ''}", ExitCode.USAGE
+            )
         if float in kinds and not ((whole or isinstance(value, float)) and 0 <= value < math.inf):
             raise ExpectedError(f"--{name} {value}: give a number from 0", ExitCode.USAGE)
     if arguments.get("max_cost") is not None and None in (arguments["price_in"], arguments["price_out"]):
@@ -218,8 +215,7 @@ def replay(
         use_logged_answers(collection, log.records, skip_missing)
         meter = Meter()
         meter.count_logged(log.records)
-        write_regen(collection, output_dir)
-        print(summary(collection, meter, output_dir))
+        write_and_summarize(collection, meter, output_dir)
 
 
 def export(output_dir: str = "./", path: str = "alpaca_data.json") -> None:

@@ -23,10 +23,10 @@ from alpaca.teacher.batch import run_batch
 from alpaca.teacher.client import Stopped, Teacher
 from alpaca.teacher.request_log import Log, Meter, budget_error
 
-TASKS_PER_PROMPT = 20  # prompt.txt asks for a set of this many, the seed tasks included
 TYPICAL_KEPT = 12  # of an answer, until answers tell; for projections and for how many requests to start
 MOST_WITHOUT_NEW = 100  # answers in a row with nothing new: the teacher or the settings are no good, stop paying
 DRAIN_SECONDS = 10  # what is in flight may take this long after an interruption
+KEPT_OF_A_FAULT = 20_000  # characters of a broken answer, for inspection
 WRITE_SECONDS = 60  # between two writings of regen.json during a run
 
 
@@ -118,23 +118,23 @@ def use_logged_answers(collection: Collection, records: list[dict[str, Any]], sk
         collection.advance()
 
 
-def summary(collection: Collection, meter: Meter, output_dir: str) -> str:
-    """The run in a few lines."""
+def write_and_summarize(collection: Collection, meter: Meter, output_dir: str) -> None:
+    """Write regen.json, and print the run in a few lines."""
+    write_regen(collection, output_dir)
 
     def counts(counter: collections.Counter) -> str:
         return ", ".join(f"{reason} {count}" for reason, count in counter.most_common()) or "none"
 
-    per_kept = f", {meter.tokens / collection.kept:.0f} a kept example" if collection.kept else ""
-    cost = f", cost {meter.cost:.4f}" if any(meter.prices.values()) else ""
-    waiting = (
-        f"; {len(collection.waiting)} more in the log, not needed or not yet in turn" if collection.waiting else ""
-    )
-    return (
+    waiting, kept = len(collection.waiting), collection.kept
+    print(
         f"{len(collection.entries)} of {collection.target} instructions in {os.path.join(output_dir, 'regen.json')}\n"
-        f"  {collection.kept} kept from {collection.answers} answers{waiting}\n"
-        f"  rejected: {counts(collection.rejected)}\n"
+        f"  {kept} kept from {collection.answers} answers"
+        + (f"; {waiting} more in the log, not needed or not yet in turn" if waiting else "")
+        + f"\n  rejected: {counts(collection.rejected)}\n"
         f"  {meter.requests} requests, of them faults: {counts(meter.faults)}\n"
-        f"  {meter.tokens} tokens{per_kept}{cost}"
+        f"  {meter.tokens} tokens"
+        + (f", {meter.tokens / kept:.0f} a kept example" if kept else "")
+        + (f", cost {meter.cost:.4f}" if any(meter.prices.values()) else "")
     )
 
 
@@ -182,7 +182,9 @@ class Run:
 
     def keep_fault(self, number: int, kind: str, raw: str = "", usage: dict | None = None, batch: bool = False) -> None:
         usage = usage or {"prompt_tokens": 0, "completion_tokens": 0}
-        self.log.append({"request": number, "fault": kind, "raw": raw[:20_000], "usage": usage, "batch": batch})
+        self.log.append(
+            {"request": number, "fault": kind, "raw": raw[:KEPT_OF_A_FAULT], "usage": usage, "batch": batch}
+        )
         self.meter.count_usage(usage, batch)
         if not self.meter.faults[kind]:
             say(f"request {number}: {kind}{': ' if raw else ''}{' '.join(raw.split())[:200]} (said once)")

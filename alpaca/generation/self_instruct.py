@@ -19,6 +19,7 @@ import numpy as np
 from alpaca.common import ROOT, ExitCode, ExpectedError, atomic_write
 from alpaca.data.similarity import TokenEncoder, rouge_l
 
+TASKS_PER_PROMPT = 20  # prompt.txt asks for a set of this many, the seed tasks included
 # What a language model cannot do with text alone, by the words that teachers used for it.
 BLACKLIST = (
     *("image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps", "draw", "plot"),

@@ -25,7 +25,6 @@ DEFAULT_MODEL = "gpt-5.4-mini"  # what replaced the retired completion models in
 SMALLEST_MAX_TOKENS = 64  # below this a request that does not fit the context is given up
 MOST_AMENDMENTS = 30  # of one request's fields, before it is refused for good
 LARGEST_ANSWER = 64 * 2**20  # bytes; a body that does not end is cut here
-KEPT_OF_A_FAULT = 20_000  # characters of a broken answer kept for inspection
 
 
 @dataclasses.dataclass
@@ -238,7 +237,7 @@ class Teacher:
                 async for chunk in response.iter_bytes():
                     data += chunk
                     if len(data) > LARGEST_ANSWER:
-                        raise BadAnswer("body without end", data[:KEPT_OF_A_FAULT].decode(errors="replace"))
+                        raise BadAnswer("body without end", data.decode(errors="replace"))
             except BadAnswer:
                 raise
             except Exception:  # the transport's own exceptions come through here, whatever its library
