@@ -178,7 +178,9 @@ def checked(function: Callable, arguments: dict[str, Any]) -> dict[str, Any]:
     words = arguments["blacklist"]
     if isinstance(words, str):  # of the command line: "draw,go to" or "()", also "('draw', 'go to')"
         words = [word.strip(" '\"") for word in words.strip("()[] ").split(",")]
-    return {**arguments, "blacklist": words and [str(word) for word in words if str(word).strip()]}
+    if words is not None:
+        words = [str(word) for word in words if str(word).strip()]
+    return {**arguments, "blacklist": words}
 
 
 def replay(

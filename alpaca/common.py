@@ -117,10 +117,10 @@ def run_commands(commands: dict[str, Callable[..., Any]], name: str) -> None:
     if {"-h", "--help"} & {*words}:
         print(_help(function, name))
         return
-    function(**_arguments(function, words, commands))
+    function(**arguments_of(function, words, commands))
 
 
-def _arguments(function: Callable[..., Any], words: list[str], commands: Iterable[str]) -> dict[str, Any]:
+def arguments_of(function: Callable[..., Any], words: list[str], commands: Iterable[str]) -> dict[str, Any]:
     """The words of a command line → the function's arguments. Raises ExpectedError (USAGE)."""
     parameters, types = inspect.signature(function).parameters, typing.get_type_hints(function)
     words, texts, unnamed = [*words], {}, []

@@ -1,12 +1,14 @@
 """The commands of generate_instruction.py: help, wrong usage, replay and export."""
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 
 import pytest
 
-from alpaca.common import ExitCode, read_docstring
+from alpaca.common import ExitCode, arguments_of, read_docstring
 from generate_instruction import checked, export, generate_instruction_following_data, replay
 from tests.conftest import ROOT
 from tests.generation.runs import answers, fails, finish, generate, start
@@ -119,3 +121,14 @@ def test_the_tables_of_the_documentation_are_the_docstrings(function):
         rows.append(f"| `--{flag}` | {default or 'none'} | {description} |")
     table = "\n".join(["", f"### {function.__name__}", "", *rows, ""])
     assert table in (ROOT / "docs" / "generation.md").read_text(), f"put this into docs/generation.md:\n{table}"
+
+
+def test_every_documented_command_is_understood():
+    commands, found = {f.__name__: f for f in (generate_instruction_following_data, replay, export)}, 0
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for line in re.sub("<[^>]*>", "1", path.read_text().replace("\\\n", " ")).splitlines():
+            if line.startswith("python -m generate_instruction "):
+                command, *words = shlex.split(line, comments=True)[3:]
+                assert command == "--help" or arguments_of(commands[command], words, commands)
+                found += 1
+    assert found >= 4
