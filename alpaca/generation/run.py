@@ -157,7 +157,7 @@ class Run:
         meter.largest = {"prompt_tokens": prompt_tokens, "completion_tokens": max_tokens}
         self.answered = {record["request"] for record in log.records if "answer" in record}
         self.new_answers = 0  # of this process
-        self.failed: collections.Counter[int] = collections.Counter()  # batch requests, in this process
+        self.batch_failures: collections.Counter[int] = collections.Counter()  # by request, in this process
         self.interrupted: int | None = None  # exit code
         self.written = time.monotonic(), len(collection.entries)  # regen.json: when, and how many
         self.bar = tqdm(total=collection.target, initial=len(collection.entries), unit="task", disable=None)
@@ -339,14 +339,14 @@ class Run:
             self.meter.requests += 1
             if isinstance(result, str):
                 self.keep_fault(number, result, batch=True)
-                self.failed[number] += 1
+                self.batch_failures[number] += 1
             else:
                 self.keep_answer(number, result, batch=True)
         self.remember_batch({**batch, "done": True})
         await self.advance()
         if failure:
             raise failure
-        if self.failed and max(self.failed.values()) >= self.teacher.max_attempts:
+        if self.batch_failures and max(self.batch_failures.values()) >= self.teacher.max_attempts:
             raise ExpectedError(
                 f"requests failed {self.teacher.max_attempts} times in batches, faults: {dict(self.meter.faults)}; "
                 "everything so far is saved: run the same command again to go on",

@@ -84,7 +84,7 @@ async def _call(teacher: Teacher, operation: Callable[[], Awaitable]) -> Any:
             raise BadAnswer("HTML page", result)
         return result
 
-    return await teacher.attempts(attempt)
+    return await teacher.with_retries(attempt)
 
 
 def _read_line(teacher: Teacher, line: str, bodies: dict[int, dict]) -> tuple[int, dict | str, dict | None]:

@@ -163,7 +163,7 @@ class Teacher:
             return True
 
         try:
-            return await self.attempts(attempt, on_fault, amend)
+            return await self.with_retries(attempt, on_fault, amend)
         except Filtered:
             return self.filtered_answer()
 
@@ -172,7 +172,7 @@ class Teacher:
         usage = {"prompt_tokens": 0, "completion_tokens": 0}
         return {"choices": [choice], "usage": usage, "model": self.model_name}
 
-    async def attempts(
+    async def with_retries(
         self,
         attempt: Callable[[], Awaitable],
         on_fault: Callable[..., None] = lambda kind, raw="", usage=None: None,

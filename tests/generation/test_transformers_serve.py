@@ -133,8 +133,9 @@ def test_both_wire_formats(llama, tmp_path):
         assert all(choice.finish_reason == "length" for choice in found)
 
 
-def test_the_readme_asks_it_for_the_answer_that_inference_gives(llama, tmp_path, capsys):
-    example = re.search(r"```python\n(from openai .*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
+def test_the_documented_client_gets_the_answer_that_inference_gives(llama, tmp_path, capsys):
+    documents = "\n".join(path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+    example = re.search(r"```python\n(from openai .*?)```", documents, re.DOTALL).group(1)
     question = {"instruction": "Shorten this.", "input": "It rained all day."}
     assert json.dumps(question) in example
     with serve(llama, tmp_path / "home") as url:
