@@ -144,7 +144,6 @@ def generate_instruction_following_data(
         meter = Meter(max_requests, max_tokens_total, price_in, price_out, max_cost)
         meter.count_logged(log.records)
         run = Run(teacher, collection, log, meter, output_dir, prompt_of, max_tokens)
-
         try:
             run.say_what_to_expect()
             batches = batch_requests if batch_api else 0
