@@ -10,48 +10,42 @@ command again after whatever happened: it goes on, and ends with the bytes of an
 
 import asyncio
 import contextlib
-import difflib
 import hashlib
-import inspect
 import json
+import math
 import os
-import sys
+import typing
+from collections.abc import Callable
 from typing import Any
 
-from alpaca.common import ExitCode, ExpectedError, jdump, jload, run_main
+from alpaca.common import ExitCode, ExpectedError, jdump, jload, run_commands, run_main
 from alpaca.generation.run import (
-    TASKS_PER_PROMPT,
     Run,
+    begin_or_continue,
     last_settings,
     locked,
     open_log,
-    project,
-    remember_run,
     say,
-    summary,
-    take_in,
+    use_logged_answers,
+    write_and_summarize,
 )
 from alpaca.generation.self_instruct import (
     BLACKLIST,
     DEFAULT_LIMITS,
+    TASKS_PER_PROMPT,
     Collection,
-    Limits,
     encode_prompt,
     find_word_in_string,
     post_process_gpt3_response,
     prompt_text,
     read_seed_tasks,
     sample_seed_tasks,
-    write_regen,
 )
 from alpaca.teacher.client import DEFAULT_MODEL, OpenAIDecodingArguments, Teacher
 from alpaca.teacher.request_log import Meter
 
 # What people import from here; it lives in self_instruct.
 __all__ = ["encode_prompt", "find_word_in_string", "generate_instruction_following_data", "post_process_gpt3_response"]
-
-
-# ------------------------------------------------------------------------------------------------------------ commands
 
 
 def generate_instruction_following_data(
@@ -97,16 +91,17 @@ def generate_instruction_following_data(
         model_name: the teacher's name at the server.
         num_prompt_instructions: seed tasks in each prompt.
         request_batch_size: requests in flight at the same time, unless --concurrency is given.
-        temperature: of the teacher's sampling.
-        top_p: of the teacher's sampling.
+        temperature: the teacher's sampling temperature.
+        top_p: the teacher samples from the likeliest tokens that have this probability together.
         num_cpus: threads that compare instructions, at most as many as there are cores.
         seed: which seed tasks request i shows depends on this and on i only.
         api: "chat", or "completions" for base models on servers that have the legacy endpoint.
         base_url: the server, such as http://127.0.0.1:8000/v1; by default OPENAI_BASE_URL, or else OpenAI.
         concurrency: requests in flight at the same time; by default --request_batch_size.
-        max_tokens: of an answer; less where the server says that the context is too small.
+        max_tokens: of an answer; 0.8 times as many, repeatedly, where the server says that the context is too small.
         max_attempts: at one request, before the run stops with exit code 5.
-        sleep_time: seconds before the first retry; doubles with each further one, up to 60.
+        sleep_time: seconds before the first retry; doubles with each further one, up to 60, less up to half at random;
+            a server's Retry-After is obeyed.
         timeout: seconds for one attempt.
         max_requests: stop with exit code 5 before more requests than this, failed ones included.
         max_tokens_total: stop with exit code 5 before more tokens than this, of prompts and answers together.
@@ -115,85 +110,76 @@ def generate_instruction_following_data(
         max_cost: stop with exit code 5 before more money than this; needs the prices.
         batch_api: True to go through the Batch API: half the price, answers within 24 hours.
         batch_requests: requests in one batch at most.
-        poll_seconds: between two looks at a batch.
+        poll_seconds: seconds between two looks at a batch.
         max_similarity: drop an instruction whose ROUGE-L with a seed or a kept one is above this.
         min_words: drop shorter instructions.
         max_words: drop longer instructions.
         blacklist: drop instructions with any of these words; comma-separated, () for none.
     """
-    arguments = dict(locals())
-    output_dir = str(output_dir)
-    _check(arguments)
+    arguments = checked(generate_instruction_following_data, locals())
     seed_tasks = read_seed_tasks(str(seed_tasks_path), at_least=num_prompt_instructions)
     decoding = OpenAIDecodingArguments(max_tokens=max_tokens, temperature=temperature, top_p=top_p)
     if api == "completions":
         # A base model would go on for ever. 2023's stops, "20." and the like, cut answers with such a number in them.
         decoding.stop = [f"\n{TASKS_PER_PROMPT + 1}. Instruction:"]
     teacher = Teacher(str(model_name), decoding, api, base_url, max_attempts, sleep_time, timeout, say)
-    settings = {name: arguments[name] for name in ("num_instructions_to_generate", *Limits._fields)}
-    settings |= {name: arguments[name] for name in ("model_name", "api", "temperature", "top_p", "max_tokens")}
-    settings["blacklist"] = _words(blacklist)
     header = {
         "seed": seed,
         "num_prompt_instructions": num_prompt_instructions,
         "prompts": hashlib.sha256(json.dumps([prompt_text(), seed_tasks]).encode()).hexdigest(),
         "seed_instructions": [task["instruction"] for task in seed_tasks],
     }
+    changeable = ("num_instructions_to_generate", "max_similarity", "min_words", "max_words", "blacklist")
+    changeable += ("model_name", "api", "temperature", "top_p", "max_tokens")
+    settings = {name: arguments[name] for name in changeable}
 
-    def prompts(number: int) -> tuple[list[str], str]:
+    def prompt_of(number: int) -> tuple[list[str], str]:
         tasks = sample_seed_tasks(seed_tasks, number, seed, num_prompt_instructions)
         return [task["id"] for task in tasks], encode_prompt(tasks)
 
     with locked(output_dir), contextlib.closing(open_log(output_dir)) as log:
-        header = remember_run(log, output_dir, header, settings)
-        collection = Collection(header, settings, workers=min(num_cpus, os.cpu_count() or 1))
-        take_in(collection, log.records)
+        header = begin_or_continue(log, output_dir, header, settings)
+        collection = Collection(header, settings, num_cpus)
+        use_logged_answers(collection, log.records)
         meter = Meter(max_requests, max_tokens_total, price_in, price_out, max_cost)
-        for record in log.records:
-            meter.read(record)
-        log.records = [record for record in log.records if "batch_state" in record or "request" in record]
-        run = Run(teacher, collection, log, meter, output_dir, prompts)
-
-        def finish() -> None:
-            write_regen(collection, output_dir)
-            print(summary(collection, meter, output_dir))
-
+        meter.count_logged(log.records)
+        run = Run(teacher, collection, log, meter, output_dir, prompt_of, max_tokens)
         try:
-            project(run, max_tokens, output_dir)
+            run.say_what_to_expect()
             batches = batch_requests if batch_api else 0
             asyncio.run(run.collect(concurrency or request_batch_size, batches, poll_seconds))
         except OSError:
             raise  # the disk is full: regen.json stays as it is
         except BaseException:
-            finish()
+            write_and_summarize(collection, meter, output_dir)
             raise
-        finish()
+        write_and_summarize(collection, meter, output_dir)
 
 
-def _words(blacklist: Any) -> list[str]:
-    """--blacklist as Fire gives it: a tuple or list, or one word or comma-separated words in a string."""
-    words = blacklist.split(",") if isinstance(blacklist, str) else map(str, blacklist)
-    return [word.strip() for word in words if word.strip()]
-
-
-def _check(arguments: dict[str, Any]) -> None:
-    """Raises ExpectedError (USAGE) for an argument that cannot be meant."""
-    whole = ("num_instructions_to_generate", "num_prompt_instructions", "request_batch_size", "num_cpus", "concurrency")
-    whole += ("max_tokens", "max_attempts", "max_requests", "max_tokens_total", "batch_requests")
-    numbers = ("sleep_time", "timeout", "price_in", "price_out", "max_cost", "poll_seconds", "temperature", "top_p")
-    numbers += ("max_similarity", "min_words", "max_words")
-    for name in (*whole, *numbers):
-        value = arguments[name]
-        kind = int if name in whole else (int, float)
-        good = isinstance(value, kind) and not isinstance(value, bool) and value >= (1 if name in whole else 0)
-        if not good and not (value is None and name in _OPTIONAL):
-            wanted = "a whole number from 1" if name in whole else "a number from 0"
-            raise ExpectedError(f"--{name} {value}: give {wanted}", ExitCode.USAGE)
-    if arguments["max_cost"] is not None and None in (arguments["price_in"], arguments["price_out"]):
+def checked(function: Callable, arguments: dict[str, Any]) -> dict[str, Any]:
+    """→ the arguments, the blacklist as a list of words. Raises ExpectedError (USAGE) for one that cannot be meant."""
+    for name, kind in typing.get_type_hints(function).items():
+        value, kinds = arguments.get(name), {*typing.get_args(kind)} or {kind}
+        least = {"seed": -math.inf, "min_words": 0}.get(name, 1)  # of whole numbers
+        if value is None and type(None) in kinds:
+            continue
+        if bool in kinds and not isinstance(value, bool):
+            raise ExpectedError(f"--{name} {value}: give True or False", ExitCode.USAGE)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if int in kinds and not (whole and value >= least):
+            raise ExpectedError(
+                f"--{name} {value}: give a whole number{f' from {least}' if whole else ''}", ExitCode.USAGE
+            )
+        if float in kinds and not ((whole or isinstance(value, float)) and 0 <= value < math.inf):
+            raise ExpectedError(f"--{name} {value}: give a number from 0", ExitCode.USAGE)
+    if arguments.get("max_cost") is not None and None in (arguments["price_in"], arguments["price_out"]):
         raise ExpectedError("--max_cost needs --price_in and --price_out: no price is built in", ExitCode.USAGE)
-
-
-_OPTIONAL = ("concurrency", "max_requests", "max_tokens_total", "price_in", "price_out", "max_cost")
+    words = arguments["blacklist"]
+    if isinstance(words, str):  # of the command line: "draw,go to" or "()", also "('draw', 'go to')"
+        words = [word.strip(" '\"") for word in words.strip("()[] ").split(",")]
+    if words is not None:
+        words = [str(word) for word in words if str(word).strip()]
+    return {**arguments, "blacklist": words}
 
 
 def replay(
@@ -218,8 +204,7 @@ def replay(
         num_cpus: threads that compare instructions.
         skip_missing: True to use the answers behind a request that has none yet, where the run will not be resumed.
     """
-    given = dict(locals())
-    output_dir = str(output_dir)
+    given = checked(replay, locals())
     if not os.path.exists(os.path.join(output_dir, "requests.jsonl")):
         raise ExpectedError(f"{output_dir} has no requests.jsonl; give the --output_dir of a run", ExitCode.USAGE)
     with locked(output_dir), contextlib.closing(open_log(output_dir)) as log:
@@ -227,14 +212,11 @@ def replay(
         if settings is None:
             raise ExpectedError(f"{output_dir}: nothing has been asked there yet", ExitCode.USAGE)
         settings |= {name: given[name] for name in settings.keys() & given.keys() if given[name] is not None}
-        settings["blacklist"] = _words(settings["blacklist"])
-        collection = Collection(log.records[0]["run"], settings, workers=min(num_cpus, os.cpu_count() or 1))
-        take_in(collection, log.records, skip_missing)
+        collection = Collection(log.records[0]["run"], settings, num_cpus)
+        use_logged_answers(collection, log.records, skip_missing)
         meter = Meter()
-        for record in log.records:
-            meter.read(record)
-        write_regen(collection, output_dir)
-        print(summary(collection, meter, output_dir))
+        meter.count_logged(log.records)
+        write_and_summarize(collection, meter, output_dir)
 
 
 def export(output_dir: str = "./", path: str = "alpaca_data.json") -> None:
@@ -256,26 +238,9 @@ def export(output_dir: str = "./", path: str = "alpaca_data.json") -> None:
     print(f"{len(examples)} examples in {path}")
 
 
-COMMANDS = {
-    "generate_instruction_following_data": generate_instruction_following_data,
-    "replay": replay,
-    "export": export,
-}
-
-
 def main() -> None:
-    import fire
-
-    # Fire calls the function first and finds fault with unknown flags afterwards: a paid run with a mistyped limit.
-    if sys.argv[1:2] and sys.argv[1] in COMMANDS:
-        known = {*inspect.signature(COMMANDS[sys.argv[1]]).parameters, "help"}
-        for argument in sys.argv[2:]:
-            name = argument[2:].split("=")[0].replace("-", "_")
-            if argument.startswith("--") and name and name not in known:
-                close = difflib.get_close_matches(name, known, 1)
-                hint = f"did you mean --{close[0]}?" if close else "see --help"
-                raise ExpectedError(f"unknown flag --{name}; {hint}", ExitCode.USAGE)
-    fire.Fire(COMMANDS, name="generate_instruction")
+    commands = (generate_instruction_following_data, replay, export)
+    run_commands({command.__name__: command for command in commands}, name="python -m generate_instruction")
 
 
 if __name__ == "__main__":

@@ -13,11 +13,10 @@ for every tensor of base, diff and tuned model. A diff without it (the 2023 rele
 import collections
 import functools
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from alpaca.common import ExitCode, ExpectedError, jdump, run_main
+from alpaca.common import ExitCode, ExpectedError, jdump, run_commands, run_main
 from alpaca.prompts import format_prompt
 from alpaca.weights import files
 from alpaca.weights.arithmetic import FLOATS, Plan, diff_tensor, recover_tensor
@@ -289,21 +288,7 @@ def verify(path: str) -> None:
 
 
 def main() -> None:
-    import fire
-
-    calls = []
-
-    def noted(command: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(command)
-        def note(*args, **kwargs):
-            calls.append(functools.partial(command, *args, **kwargs))
-
-        return note
-
-    # Fire would run the command before it complains about a misspelt flag; so it only notes the call.
-    fire.Fire({command.__name__: noted(command) for command in (make_diff, recover, verify)}, name="weight_diff.py")
-    for call in calls:
-        call()
+    run_commands({"make_diff": make_diff, "recover": recover, "verify": verify}, name="python weight_diff.py")
 
 
 if __name__ == "__main__":

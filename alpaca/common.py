@@ -1,15 +1,20 @@
-"""What every room needs: errors and exit codes, and files that appear whole or not at all."""
+"""What every room needs: errors and exit codes, command lines, and files that appear whole or not at all."""
 
 import contextlib
+import difflib
 import enum
 import errno
+import inspect
 import io
 import json
+import math
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import textwrap
+import typing
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +89,118 @@ def run_main(main: Callable[[], Any]) -> None:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(exit_code)
+
+
+# ------------------------------------------------------------------------------------------------------- command lines
+
+_FLAG = re.compile(r"-(?![\d.])")  # what begins with "-" and is no number
+_BOOLEANS = {"true": True, "yes": True, "t": True, "y": True, "1": True}  # the words that train.py's flags take
+_BOOLEANS |= {"false": False, "no": False, "f": False, "n": False, "0": False}
+
+
+def run_commands(commands: dict[str, Callable[..., Any]], name: str) -> None:
+    """Call the one of `commands` that the command line names, with the rest of it as the function's parameters.
+
+    `--flag value`, `--flag=value`, a bare `--flag` or `--noflag` for True or False, and values without flags in the
+    parameters' order. A value has the type of the parameter's annotation (bool, int or float; else it stays a text),
+    and the help is the docstring. Raises ExpectedError (USAGE) for anything unknown or missing, before the call.
+    """
+    wanted, *words = sys.argv[1:] or ["--help"]
+    if wanted in ("-h", "--help"):
+        print(f"{inspect.getmodule(next(iter(commands.values()))).__doc__}\nCommands ({name} COMMAND --help):\n")
+        for command, function in commands.items():
+            print(f"  {command}\n      {inspect.getdoc(function).splitlines()[0]}")
+        return
+    function = commands.get(wanted.replace("-", "_"))
+    if not function:
+        raise ExpectedError(f"unknown command {wanted}; {_nearest(wanted, commands)}", ExitCode.USAGE)
+    if {"-h", "--help"} & {*words}:
+        print(_help(function, name))
+        return
+    function(**arguments_of(function, words, commands))
+
+
+def arguments_of(function: Callable[..., Any], words: list[str], commands: Iterable[str]) -> dict[str, Any]:
+    """The words of a command line → the function's arguments. Raises ExpectedError (USAGE)."""
+    parameters, types = inspect.signature(function).parameters, typing.get_type_hints(function)
+    words, texts, unnamed = [*words], {}, []
+    while words:
+        word = words.pop(0)
+        if not _FLAG.match(word):
+            unnamed.append(word)
+            continue
+        flag, equals, text = word.lstrip("-").partition("=")
+        flag = flag.replace("-", "_")  # --output-dir is --output_dir, as it was in 2023
+        positive = re.sub("^no_?", "", flag)
+        if flag not in parameters and types.get(positive) is bool and not equals:
+            flag, equals, text = positive, "=", "False"
+        if flag not in parameters:
+            raise ExpectedError(f"unknown flag --{flag}; {_nearest(flag, parameters, '--')}", ExitCode.USAGE)
+        if not equals:
+            if words and not _FLAG.match(words[0]):
+                text = words.pop(0)
+            elif types[flag] is bool:
+                text = "True"
+            else:
+                raise ExpectedError(f"--{flag} needs a value; see --help", ExitCode.USAGE)
+        texts[flag] = text
+    free = [flag for flag in parameters if flag not in texts]
+    stray = [word for word in unnamed if word in commands] + unnamed[len(free) :]
+    if stray:
+        raise ExpectedError(f"unexpected argument {stray[0]}; one command at a time, see --help", ExitCode.USAGE)
+    texts |= zip(free, unnamed, strict=False)
+    missing = [flag for flag, p in parameters.items() if p.default is p.empty and flag not in texts]
+    if missing:
+        raise ExpectedError(f"{function.__name__} needs --{' and --'.join(missing)}; see --help", ExitCode.USAGE)
+    return {flag: _value(flag, types[flag], text) for flag, text in texts.items()}
+
+
+def _value(flag: str, kind: Any, text: str) -> Any:
+    """A flag's text → its value. Raises ExpectedError (USAGE) where it is none of that kind."""
+    kinds = typing.get_args(kind) or (kind,)
+    if text == "None" and type(None) in kinds:
+        return None
+    try:
+        if bool in kinds:
+            return _BOOLEANS[text.lower()]
+        if int in kinds:
+            return int(text)
+        if float in kinds and not math.isfinite(float(text)):
+            raise ValueError
+        return float(text) if float in kinds else text
+    except (KeyError, ValueError):
+        wanted = "True or False" if bool in kinds else "a whole number" if int in kinds else "a number"
+        raise ExpectedError(f"--{flag} {text}: give {wanted}", ExitCode.USAGE)
+
+
+def _nearest(wrong: str, known: Iterable[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(wrong, known, 1)
+    return f"did you mean {prefix}{close[0]}?" if close else "see --help"
+
+
+def _help(function: Callable[..., Any], name: str) -> str:
+    summary, descriptions = read_docstring(function)
+    lines = [f"usage: {name} {function.__name__} [--flag value …]", "", summary, ""]
+    margin = max(map(len, descriptions), default=0) + 6
+    for flag, (description, default) in descriptions.items():
+        text = f"{description} [{default}]" if default else description
+        lines += textwrap.wrap(text, 120, initial_indent=f"  --{flag}".ljust(margin), subsequent_indent=" " * margin)
+    return "\n".join(lines)
+
+
+def read_docstring(function: Callable[..., Any]) -> tuple[str, dict[str, tuple[str, str]]]:
+    """→ the docstring up to its "Args:", and parameter → its description and its default ("" where there is none)."""
+    summary, _, described = inspect.getdoc(function).partition("\nArgs:\n")
+    found = dict(re.findall(r"^    (\w+): (.*(?:\n     +.*)*)", described, re.MULTILINE))
+    parameters = {}
+    for flag, parameter in inspect.signature(function).parameters.items():
+        default = "" if parameter.default in (parameter.empty, None) else parameter.default
+        default = ", ".join(default) if isinstance(default, tuple) else str(default)
+        parameters[flag] = " ".join(found[flag].split()), default
+    return summary.strip(), parameters
+
+
+# --------------------------------------------------------------------------------------------------------------- files
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ python benchmarks/bench_dedup.py                    # pools of 1K, 10K and 52K: 
 python benchmarks/bench_dedup.py --whole_run True   # and all the similarity work of a run that keeps 52,000
 """
 
+import argparse
 import functools
 import json
 import multiprocessing
@@ -14,7 +15,6 @@ import sys
 import time
 from pathlib import Path
 
-import fire
 import numpy as np
 from rouge_score import rouge_scorer
 
@@ -43,7 +43,7 @@ def answer(sentences: list[str]) -> dict[str, str]:
 def collection(pool: list[str]) -> Collection:
     settings = {"num_instructions_to_generate": 10**9, "max_similarity": 0.7, "min_words": 4, "max_words": 150}
     header = {"num_prompt_instructions": 3, "seed_instructions": pool, "already_kept": []}
-    return Collection(header, settings | {"blacklist": []}, workers=os.cpu_count() or 1)
+    return Collection(header, settings | {"blacklist": []}, num_cpus=os.cpu_count() or 1)
 
 
 def cpu_seconds() -> float:
@@ -68,7 +68,7 @@ def timed(function) -> tuple[float, float]:
     return time.perf_counter() - wall, cpu_seconds() - cpu
 
 
-def main(pools: tuple[int, ...] = (1_000, 10_000, 52_000), whole_run: bool = False) -> None:
+def main(pools: list[int], whole_run: bool) -> None:
     scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False)
     results: dict = {"cores": os.cpu_count(), "pools": {}}
     print(f"a candidate, {os.cpu_count()} cores; wall and CPU milliseconds (the CPU's of all processes and threads)")
@@ -107,4 +107,8 @@ def main(pools: tuple[int, ...] = (1_000, 10_000, 52_000), whole_run: bool = Fal
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--pools", default="1000,10000,52000", help="sizes, comma-separated")
+    parser.add_argument("--whole_run", choices=["True", "False"], default="False", help="also a run that keeps 52,000")
+    arguments = parser.parse_args()
+    main([int(size) for size in arguments.pools.split(",")], arguments.whole_run == "True")

@@ -12,23 +12,21 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tqdm import tqdm
 
 from alpaca.common import ExitCode, ExpectedError, jload
-from alpaca.generation.self_instruct import (
-    Collection,
-    write_regen,
-)
+from alpaca.generation.self_instruct import Collection, write_regen
+from alpaca.teacher.batch import run_batch
 from alpaca.teacher.client import Stopped, Teacher
 from alpaca.teacher.request_log import Log, Meter, budget_error
 
-TASKS_PER_PROMPT = 20  # prompt.txt asks for a set of this many, the seed tasks included
 TYPICAL_KEPT = 12  # of an answer, until answers tell; for projections and for how many requests to start
-BARREN_ANSWERS = 100  # in a row with nothing kept: the teacher or the settings are no good, stop paying
+MOST_WITHOUT_NEW = 100  # answers in a row with nothing new: the teacher or the settings are no good, stop paying
 DRAIN_SECONDS = 10  # what is in flight may take this long after an interruption
+KEPT_OF_A_FAULT = 20_000  # characters of a broken answer, for inspection
 WRITE_SECONDS = 60  # between two writings of regen.json during a run
 
 
@@ -72,7 +70,7 @@ def say(message: str) -> None:
     tqdm.write(message, file=sys.stderr)
 
 
-def adopt(output_dir: str) -> list[dict[str, Any]]:
+def entries_without_log(output_dir: str) -> list[dict[str, Any]]:
     """The entries of a regen.json that has no log, such as the 2023 script's. Raises ExpectedError (DATA)."""
     path = os.path.join(output_dir, "regen.json")
     if not os.path.exists(path):
@@ -87,10 +85,10 @@ def adopt(output_dir: str) -> list[dict[str, Any]]:
     return entries
 
 
-def remember_run(log: Log, output_dir: str, header: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+def begin_or_continue(log: Log, output_dir: str, header: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """Begin the log with all that regen.json depends on, or compare with what it begins with. → the log's header."""
     if not log.records:
-        header |= {"already_kept": adopt(output_dir)}
+        header |= {"already_kept": entries_without_log(output_dir)}
         log.append({"run": header})
     else:
         for name, value in header.items():
@@ -110,7 +108,7 @@ def last_settings(records: list[dict[str, Any]]) -> dict[str, Any] | None:
     return next((record["settings"] for record in reversed(records) if "settings" in record), None)
 
 
-def take_in(collection: Collection, records: list[dict[str, Any]], skip_missing: bool = False) -> None:
+def use_logged_answers(collection: Collection, records: list[dict[str, Any]], skip_missing: bool = False) -> None:
     """The log's answers, in order of their requests; behind a gap (a request to be made again) they wait."""
     answers = sorted((record for record in records if "answer" in record), key=lambda record: record["request"])
     for record in tqdm(answers, desc="reading requests.jsonl", disable=None, leave=False):
@@ -120,38 +118,48 @@ def take_in(collection: Collection, records: list[dict[str, Any]], skip_missing:
         collection.advance()
 
 
-def summary(collection: Collection, meter: Meter, output_dir: str) -> str:
-    """The run in a few lines."""
+def write_and_summarize(collection: Collection, meter: Meter, output_dir: str) -> None:
+    """Write regen.json, and print the run in a few lines."""
+    write_regen(collection, output_dir)
 
     def counts(counter: collections.Counter) -> str:
         return ", ".join(f"{reason} {count}" for reason, count in counter.most_common()) or "none"
 
-    per_kept = f", {meter.tokens / collection.kept:.0f} a kept example" if collection.kept else ""
-    cost = f", cost {meter.cost:.4f}" if any(meter.prices.values()) else ""
-    waiting = (
-        f"; {len(collection.waiting)} more in the log, not needed or not yet in turn" if collection.waiting else ""
-    )
-    return (
+    waiting, kept = len(collection.waiting), collection.kept
+    print(
         f"{len(collection.entries)} of {collection.target} instructions in {os.path.join(output_dir, 'regen.json')}\n"
-        f"  {collection.kept} kept from {collection.answers} answers{waiting}\n"
-        f"  rejected: {counts(collection.rejected)}\n"
+        f"  {kept} kept from {collection.answers} answers"
+        + (f"; {waiting} more in the log, not needed or not yet in turn" if waiting else "")
+        + f"\n  rejected: {counts(collection.rejected)}\n"
         f"  {meter.requests} requests, of them faults: {counts(meter.faults)}\n"
-        f"  {meter.tokens} tokens{per_kept}{cost}"
+        f"  {meter.tokens} tokens"
+        + (f", {meter.tokens / kept:.0f} a kept example" if kept else "")
+        + (f", cost {meter.cost:.4f}" if any(meter.prices.values()) else "")
     )
 
 
 class Run:
     """A generation run: asks the teacher until the collection is full, a limit is reached, or it is interrupted."""
 
-    def __init__(self, teacher: Teacher, collection: Collection, log: Log, meter: Meter, output_dir: str, prompts):
+    def __init__(
+        self,
+        teacher: Teacher,
+        collection: Collection,
+        log: Log,
+        meter: Meter,
+        output_dir: str,
+        prompt_of: Callable[[int], tuple[list[str], str]],  # request number → ids of its seed tasks, prompt
+        max_tokens: int,  # of an answer
+    ):
         self.teacher, self.collection, self.log, self.meter = teacher, collection, log, meter
-        self.output_dir = output_dir
-        self.prompts = prompts  # request number → (seed ids, prompt)
+        self.output_dir, self.prompt_of = output_dir, prompt_of
+        prompt_tokens = max(len(prompt_of(number)[1]) for number in range(20)) // 3  # four characters a token, and some
+        meter.largest = {"prompt_tokens": prompt_tokens, "completion_tokens": max_tokens}
         self.answered = {record["request"] for record in log.records if "answer" in record}
         self.new_answers = 0  # of this process
-        self.failed: collections.Counter[int] = collections.Counter()  # batch requests, in this process
+        self.batch_failures: collections.Counter[int] = collections.Counter()  # by request, in this process
         self.interrupted: int | None = None  # exit code
-        self.written = time.monotonic(), len(collection.entries)
+        self.written = time.monotonic(), len(collection.entries)  # regen.json: when, and how many
         self.bar = tqdm(total=collection.target, initial=len(collection.entries), unit="task", disable=None)
 
     def keep_answer(self, number: int, answer: dict[str, Any], batch: bool = False) -> None:
@@ -159,7 +167,7 @@ class Run:
         choice = answer["choices"][0]
         record = {
             "request": number,
-            "seeds": self.prompts(number)[0],
+            "seeds": self.prompt_of(number)[0],
             "answer": choice["text"],
             "finish_reason": choice["finish_reason"],
             "usage": answer["usage"],
@@ -167,15 +175,17 @@ class Run:
             "batch": batch,
         }
         self.log.append(record)
-        self.meter.used(answer["usage"], batch)
+        self.meter.count_usage(answer["usage"], batch)
         self.answered.add(number)
         self.new_answers += 1
         self.collection.waiting[number] = record
 
     def keep_fault(self, number: int, kind: str, raw: str = "", usage: dict | None = None, batch: bool = False) -> None:
         usage = usage or {"prompt_tokens": 0, "completion_tokens": 0}
-        self.log.append({"request": number, "fault": kind, "raw": raw[:20_000], "usage": usage, "batch": batch})
-        self.meter.used(usage, batch)
+        self.log.append(
+            {"request": number, "fault": kind, "raw": raw[:KEPT_OF_A_FAULT], "usage": usage, "batch": batch}
+        )
+        self.meter.count_usage(usage, batch)
         if not self.meter.faults[kind]:
             say(f"request {number}: {kind}{': ' if raw else ''}{' '.join(raw.split())[:200]} (said once)")
         self.meter.faults[kind] += 1
@@ -204,10 +214,10 @@ class Run:
         if count < len(collection.entries) and time.monotonic() - when > WRITE_SECONDS:
             await asyncio.to_thread(write_regen, collection, self.output_dir)
             self.written = time.monotonic(), len(collection.entries)
-        if min(collection.barren, self.new_answers) >= BARREN_ANSWERS and not collection.full:
+        if min(collection.answers_without_new, self.new_answers) >= MOST_WITHOUT_NEW and not collection.full:
             raise ExpectedError(
-                f"the last {collection.barren} answers gave nothing new; everything so far is saved: look at the "
-                f"answers in {self.output_dir}/requests.jsonl, then change --model_name, --temperature or the limits",
+                f"the last {collection.answers_without_new} answers gave nothing new; everything so far is saved: look "
+                f"at them in {self.output_dir}/requests.jsonl, then change --model_name, --temperature or the limits",
                 ExitCode.BUDGET,
             )
 
@@ -286,17 +296,15 @@ class Run:
 
     async def ask(self, number: int) -> None:
         """One request, with its retries, into the log. The caller has counted the first attempt."""
-        first = True
+        attempts = itertools.count(1)
 
         def before() -> None:
-            nonlocal first
-            if not first:
+            if next(attempts) > 1:
                 self.meter.count_request()
-            first = False
 
         try:
             on_fault = functools.partial(self.keep_fault, number)
-            self.keep_answer(number, await self.teacher.ask(self.prompts(number)[1], before, on_fault))
+            self.keep_answer(number, await self.teacher.ask(self.prompt_of(number)[1], before, on_fault))
         finally:
             self.meter.in_flight -= 1
 
@@ -322,48 +330,51 @@ class Run:
         batch = self.log.records[states[-1]]["batch_state"]
         # An earlier process may have been killed while it put the results into the log.
         faulted = {record["request"] for record in self.log.records[states[-1] :] if "fault" in record}
-        prompts = {number: self.prompts(number)[1] for number in batch["requests"]}
+        prompts = {number: self.prompt_of(number)[1] for number in batch["requests"]}
         say(f"batch of {len(prompts)} requests {batch.get('batch_id', '(new)')}: waiting for its results")
-        results, failure = await self.teacher.run_batch(batch, prompts, self.remember_batch, poll_seconds)
+        results, failure = await run_batch(self.teacher, batch, prompts, self.remember_batch, poll_seconds)
         for number, result in sorted(results.items()):
             if number in self.answered or number in faulted:
                 continue
             self.meter.requests += 1
             if isinstance(result, str):
                 self.keep_fault(number, result, batch=True)
-                self.failed[number] += 1
+                self.batch_failures[number] += 1
             else:
                 self.keep_answer(number, result, batch=True)
         self.remember_batch({**batch, "done": True})
         await self.advance()
         if failure:
             raise failure
-        if self.failed and max(self.failed.values()) >= self.teacher.max_attempts:
+        if self.batch_failures and max(self.batch_failures.values()) >= self.teacher.max_attempts:
             raise ExpectedError(
                 f"requests failed {self.teacher.max_attempts} times in batches, faults: {dict(self.meter.faults)}; "
                 "everything so far is saved: run the same command again to go on",
                 ExitCode.BUDGET,
             )
 
-
-def project(run: Run, max_tokens: int, output_dir: str) -> None:
-    """Say what the run is going to take, and see that there is room for it. Raises ExpectedError (DISK)."""
-    prompt_tokens = max(len(run.prompts(number)[1]) for number in range(20)) // 3  # four characters a token, and some
-    run.meter.largest = {"prompt_tokens": prompt_tokens, "completion_tokens": max_tokens}
-    requests = max(0, run.requests_wanted(0))
-    if run.collection.full:
-        return
-    usual = {"prompt_tokens": prompt_tokens * 3 // 4, "completion_tokens": min(max_tokens, 1800)}
-    cost = f", cost {requests * run.meter.price(usual):.2f}" if any(run.meter.prices.values()) else ""
-    say(
-        f"{len(run.collection.entries)} of {run.collection.target} kept; expecting about {requests} requests and "
-        f"{requests * sum(usual.values()):,} tokens{cost} (at {run.kept_per_answer():.0f} kept an answer), "
-        f"at most {requests * (prompt_tokens + max_tokens):,} tokens"
-    )
-    needed = requests * 5 * max_tokens + 3 * run.collection.target * 1500  # bytes: the log, and regen.json twice
-    free = shutil.disk_usage(output_dir).free
-    if free < needed:
-        raise ExpectedError(
-            f"{output_dir}: {free >> 20} MiB free, about {needed >> 20} needed; free some or choose another directory",
-            ExitCode.DISK,
+    def say_what_to_expect(self) -> None:
+        """Requests, tokens and cost of what is missing. Raises ExpectedError (DISK) where there is no room for it."""
+        collection, meter = self.collection, self.meter
+        if collection.full:
+            return
+        requests, largest = self.requests_wanted(0), meter.largest
+        usual = {
+            "prompt_tokens": largest["prompt_tokens"] * 3 // 4,
+            "completion_tokens": min(largest["completion_tokens"], 1800),
+        }
+        cost = f", cost {requests * meter.price(usual):.2f}" if any(meter.prices.values()) else ""
+        say(
+            f"{len(collection.entries)} of {collection.target} kept; expecting about {requests} requests and "
+            f"{requests * sum(usual.values()):,} tokens{cost} (at {self.kept_per_answer():.0f} kept an answer), "
+            f"at most {requests * sum(largest.values()):,} tokens"
         )
+        # Bytes: the log, and regen.json twice.
+        needed = requests * 5 * largest["completion_tokens"] + 3 * collection.target * 1500
+        free = shutil.disk_usage(self.output_dir).free
+        if free < needed:
+            raise ExpectedError(
+                f"{self.output_dir}: {free >> 20} MiB free, about {needed >> 20} needed; "
+                "free some or choose another directory",
+                ExitCode.DISK,
+            )

@@ -19,6 +19,7 @@ import numpy as np
 from alpaca.common import ROOT, ExitCode, ExpectedError, atomic_write
 from alpaca.data.similarity import TokenEncoder, rouge_l
 
+TASKS_PER_PROMPT = 20  # prompt.txt asks for a set of this many, the seed tasks included
 # What a language model cannot do with text alone, by the words that teachers used for it.
 BLACKLIST = (
     *("image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps", "draw", "plot"),
@@ -182,7 +183,7 @@ def _clean_end(text: str) -> str:
     return "\n".join(lines).strip()
 
 
-def _parts(number: int, body: str) -> tuple[str, str, str] | None:
+def _split_parts(number: int, body: str) -> tuple[str, str, str] | None:
     """A task's text → instruction, input, output; None where "number. Input:" or "number. Output:" is missing."""
     for pattern in (_HEADER, _INLINE):  # in lines of their own, or else anywhere
         marks = [(mark, mark["part"].lower()) for mark in pattern.finditer(body) if int(mark["number"]) == number]
@@ -206,7 +207,7 @@ def find_word_in_string(w: str, s: str) -> re.Match | None:
     return _word_pattern((w,)).search(s)
 
 
-def _fault_of(instruction: str, output: str, limits: Limits) -> str | None:
+def _reason_to_drop(instruction: str, output: str, limits: Limits) -> str | None:
     """Why a task is not kept, in 2023's order; None if it is good."""
     words = len(instruction.split())
     if words < limits.min_words:
@@ -238,12 +239,12 @@ def parse_response(
             if not begun:
                 continue
             body = body[: begun.start()]
-        parts = _parts(number, body)
+        parts = _split_parts(number, body)
         if parts is None:
             rejected["malformed"] += 1
             continue
         instruction, given, output = parts
-        if fault := _fault_of(instruction, output, limits):
+        if fault := _reason_to_drop(instruction, output, limits):
             rejected[fault] += 1
             continue
         tasks.append(
@@ -263,29 +264,29 @@ def post_process_gpt3_response(num_prompt_instructions: int, response: dict[str,
 class Collection:
     """What is kept: answers go in, in the order of their requests, and those of their tasks that are new stay."""
 
-    def __init__(self, header: dict[str, Any], settings: dict[str, Any], workers: int):
+    def __init__(self, header: dict[str, Any], settings: dict[str, Any], num_cpus: int):
         self.num_prompt_instructions = header["num_prompt_instructions"]
         self.target = settings["num_instructions_to_generate"]
-        self.limits = Limits(**{name: settings[name] for name in Limits._fields})
-        self.limits = self.limits._replace(blacklist=tuple(self.limits.blacklist))
-        self.workers = workers
+        limits = {name: settings[name] for name in Limits._fields}
+        self.limits = Limits(**{**limits, "blacklist": tuple(limits["blacklist"])})
+        self.workers = min(num_cpus, os.cpu_count() or 1)  # threads
         self._encode = TokenEncoder()
         self.instructions = list(header["seed_instructions"])
         self.entries = [_entry_text(entry) for entry in header["already_kept"]]
         self.instructions += [entry["instruction"] for entry in header["already_kept"]]
         self._encoded = [self._encode(instruction) for instruction in self.instructions]
         self.rejected: collections.Counter[str] = collections.Counter()
-        self.answers = 0  # taken in so far; the next to be taken is the request of this number
-        self.kept = 0  # of these answers
-        self.barren = 0  # answers in a row that gave nothing
-        self.waiting: dict[int, dict[str, Any]] = {}  # answers that came before their turn
+        self.answers = 0  # used so far; the next to be used is that of the request of this number
+        self.kept = 0  # tasks of these answers
+        self.answers_without_new = 0  # the last in a row
+        self.waiting: dict[int, dict[str, Any]] = {}  # request → answer that came before its turn
 
     @property
     def full(self) -> bool:
         return len(self.entries) >= self.target
 
     def advance(self) -> None:
-        """Take in what is waiting, in order, up to the target. An answer is taken whole: it is paid for."""
+        """Use the waiting answers in order, up to the target. An answer is used whole: it is paid for."""
         while not self.full and self.answers in self.waiting:
             self.add(self.waiting.pop(self.answers))
 
@@ -311,7 +312,7 @@ class Collection:
         self.rejected += rejected
         self.answers += 1
         self.kept += len(kept)
-        self.barren = 0 if kept else self.barren + 1
+        self.answers_without_new = 0 if kept else self.answers_without_new + 1
 
 
 def largest(scores: np.ndarray, count: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Answers of an OpenAI-compatible teacher: chat completions and legacy completions, live or through the Batch API.
+"""Answers of an OpenAI-compatible teacher: chat completions and legacy completions.
 
 Retries are bounded and made here; the openai client's own are off, so that every request is counted.
 """
@@ -7,29 +7,24 @@ import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
-import datetime
-import email.utils
 import functools
-import http.client
-import json
-import math
 import os
 import random
 import re
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
 from alpaca.common import ExitCode, ExpectedError
+from alpaca.teacher.replies import BadAnswer, read_answer, read_error, retry_after_seconds
 
 DEFAULT_MODEL = "gpt-5.4-mini"  # what replaced the retired completion models in the price range; change it here only
 SMALLEST_MAX_TOKENS = 64  # below this a request that does not fit the context is given up
 MOST_AMENDMENTS = 30  # of one request's fields, before it is refused for good
 LARGEST_ANSWER = 64 * 2**20  # bytes; a body that does not end is cut here
-KEPT_OF_A_FAULT = 20_000  # characters of a broken answer kept for inspection
 
 
 @dataclasses.dataclass
@@ -49,71 +44,12 @@ class OpenAIDecodingArguments:
     echo: bool = False
 
 
-class BadAnswer(Exception):
-    """A body with status 200 that holds no usable answer: `kind` for the count, `raw` for inspection, what it cost."""
-
-    def __init__(self, kind: str, raw: str, usage: dict[str, int] | None = None):
-        super().__init__(kind)
-        self.kind, self.raw, self.usage = kind, raw, usage
-
-
 class Filtered(Exception):
     """The server's content filter declines this prompt: an empty answer, and no reason to stop the others."""
 
 
 class Stopped(Exception):
     """The run is ending; this request was waiting for its next attempt and is given up."""
-
-
-def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
-    """Retry-After in every legal form → seconds from now, None where there is none that can be read.
-
-    `retry-after-ms: 1500` → 1.5 · `retry-after: 20` → 20.0 · `retry-after: Wed, 21 Oct 2026 07:28:00 GMT` → seconds
-    until then by the server's own clock (its Date header), 0.0 when that has passed.
-    """
-    for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
-        with contextlib.suppress(ValueError):
-            seconds = float(headers.get(name, "")) / unit
-            if math.isfinite(seconds) and seconds >= 0:
-                return seconds
-    dates = [_parse_date(headers.get(name, "")) for name in ("retry-after", "date")]
-    if dates[0] is None:
-        return None
-    now = dates[1] or datetime.datetime.now(datetime.timezone.utc)
-    return max(0.0, (dates[0] - now).total_seconds())
-
-
-def _parse_date(value: str) -> datetime.datetime | None:
-    try:
-        date = email.utils.parsedate_to_datetime(value)
-    except (TypeError, ValueError, IndexError):
-        return None
-    return date if date.tzinfo else date.replace(tzinfo=datetime.timezone.utc)  # HTTP dates are always GMT
-
-
-def judge(status: int, code: str, message: str) -> str:
-    """What an HTTP error asks for ("retry", "shorten", "filtered") or finds wrong ("key", "quota", "model", "request").
-
-    `code` is the error's code or type, `message` its text, both lower-case. Compatible servers agree on neither for a
-    status 400, so the wording is what is left to go by.
-    """
-    if "model_not_found" in code or "model_deprecated" in code:
-        return "model"
-    if status in (401, 403):
-        return "key"
-    if status == 402 or "insufficient_quota" in code or "billing" in code or "exceeded your current quota" in message:
-        return "quota"
-    if status in (408, 409, 425, 429) or status >= 500:
-        return "retry"
-    if "context_length" in code or re.search(
-        r"context (length|size|window)|maximum (context|model) length|reduce (the|your) (length|prompt|messages)"
-        r"|(prompt|input) is too long|too many tokens",
-        message,
-    ):
-        return "shorten"
-    if "content_filter" in code or "content_policy" in code or "invalid_prompt" in code:
-        return "filtered"
-    return "model" if status == 404 and "model" in message else "request"
 
 
 class Teacher:
@@ -150,13 +86,11 @@ class Teacher:
             )
         self._openai = openai
         # Servers of one's own mostly want no key, but the client wants a value.
-        self._client = openai.AsyncOpenAI(
-            api_key=self._key or "none", base_url=base_url, max_retries=0, timeout=timeout
-        )
+        self.client = openai.AsyncOpenAI(api_key=self._key or "none", base_url=base_url, max_retries=0, timeout=timeout)
         self.model_name, self.api = model_name or DEFAULT_MODEL, api
         self.max_attempts, self.sleep_time, self.timeout = max_attempts, sleep_time, timeout
         self._parameters = self._decoding_parameters(decoding or OpenAIDecodingArguments(), decoding_kwargs)
-        self._given_up: set[str] = set()  # fields that the server does not take
+        self._refused_fields: set[str] = set()  # fields that the server does not take
         self._notify = notify
         self.stopping = asyncio.Event()
 
@@ -216,8 +150,8 @@ class Teacher:
 
         def amend(error: dict[str, Any]) -> bool:
             nonlocal max_tokens
-            if error["verdict"] != "shorten":
-                return self.give_up_parameters(error)
+            if error["remedy"] != "shorten":
+                return self.drop_refused_fields(error)
             fields = self._parameters
             max_tokens = int(0.8 * (max_tokens or fields.get("max_tokens") or fields.get("max_completion_tokens")))
             if max_tokens < SMALLEST_MAX_TOKENS:
@@ -229,7 +163,7 @@ class Teacher:
             return True
 
         try:
-            return await self.attempts(attempt, on_fault, amend)
+            return await self.with_retries(attempt, on_fault, amend)
         except Filtered:
             return self.filtered_answer()
 
@@ -238,7 +172,7 @@ class Teacher:
         usage = {"prompt_tokens": 0, "completion_tokens": 0}
         return {"choices": [choice], "usage": usage, "model": self.model_name}
 
-    async def attempts(
+    async def with_retries(
         self,
         attempt: Callable[[], Awaitable],
         on_fault: Callable[..., None] = lambda kind, raw="", usage=None: None,
@@ -252,14 +186,14 @@ class Teacher:
                 return await asyncio.wait_for(attempt(), self.timeout)
             except self._openai.APIStatusError as failure:
                 error = self.read_error(failure.status_code, failure.response.text)
-                if error["verdict"] == "filtered":
+                if error["remedy"] == "skip":
                     raise Filtered
-                kind = "context too long" if error["verdict"] == "shorten" else f"HTTP {failure.status_code}"
+                kind = "context too long" if error["remedy"] == "shorten" else f"HTTP {failure.status_code}"
                 on_fault(kind, error["message"])
-                if error["verdict"] in ("shorten", "request") and amended < MOST_AMENDMENTS and amend(error):
+                if error["remedy"] in ("shorten", "request") and amended < MOST_AMENDMENTS and amend(error):
                     amended += 1
                     continue
-                if error["verdict"] != "retry":
+                if error["remedy"] != "retry":
                     raise await self.refusal(error)
                 server_wait = retry_after_seconds(failure.response.headers)
             except BadAnswer as failure:
@@ -283,9 +217,9 @@ class Teacher:
                 wait = server_wait * random.uniform(1.0, 1.05)  # never sooner than asked, and not all at once
                 if wait > 60:
                     self._notify(f"{self.host} asks to wait {wait:.0f} s before the next attempt")
-            await self._sleep(wait)
+            await self.sleep(wait)
 
-    async def _sleep(self, seconds: float) -> None:
+    async def sleep(self, seconds: float) -> None:
         """Sleep, but raise Stopped at once when the run is ending."""
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self.stopping.wait(), seconds)
@@ -294,16 +228,16 @@ class Teacher:
     async def _fetch(self, body: dict[str, Any]) -> str:
         """One HTTP request → the body's text as it came, streamed so that a cut one is not lost to inspection."""
         if self.api == "chat":
-            resource, required = self._client.chat.completions, {"model": body["model"], "messages": body["messages"]}
+            resource, required = self.client.chat.completions, {"model": body["model"], "messages": body["messages"]}
         else:
-            resource, required = self._client.completions, {"model": body["model"], "prompt": body["prompt"]}
+            resource, required = self.client.completions, {"model": body["model"], "prompt": body["prompt"]}
         data = bytearray()
         async with resource.with_streaming_response.create(**required, extra_body=body) as response:
             try:
                 async for chunk in response.iter_bytes():
                     data += chunk
                     if len(data) > LARGEST_ANSWER:
-                        raise BadAnswer("body without end", data[:KEPT_OF_A_FAULT].decode(errors="replace"))
+                        raise BadAnswer("body without end", data.decode(errors="replace"))
             except BadAnswer:
                 raise
             except Exception:  # the transport's own exceptions come through here, whatever its library
@@ -311,63 +245,31 @@ class Teacher:
         return data.decode(errors="replace")
 
     def read_answer(self, text: str, body: dict[str, Any]) -> dict[str, Any]:
-        """The answer's JSON → choices, usage and model, checked. Raises BadAnswer."""
-        try:
-            answer = json.loads(text)
-        except (ValueError, RecursionError):
-            raise BadAnswer("HTML page" if text.lstrip()[:1] == "<" else "broken JSON", text)
-        answer = answer if isinstance(answer, dict) else {}
-        counts = answer.get("usage") if isinstance(answer.get("usage"), dict) else {}
-        usage = {name: counts.get(name) for name in ("prompt_tokens", "completion_tokens")}
-        known = all(isinstance(count, int) and count >= 0 for count in usage.values())
-        choices = answer.get("choices")
-        if not isinstance(choices, list) or not choices:
-            raise BadAnswer("no choices", text, usage if known else None)
-        found = []
-        for index, choice in enumerate(choices):
-            try:
-                content = choice["message"]["content"] if self.api == "chat" else choice["text"]
-            except (TypeError, KeyError):
-                raise BadAnswer("no choices", text, usage if known else None)
-            if not isinstance(content, str):
-                raise BadAnswer("null content", text, usage if known else None)
-            finish = {name: choice.get(name) for name in ("finish_reason", "logprobs")}
-            found.append({"text": self.redact(content), "index": index, **finish})
-        if not known:  # four characters a token where the server does not count
-            lengths = len(str(body.get("prompt") or body.get("messages"))), sum(len(choice["text"]) for choice in found)
-            usage = {name: length // 4 for name, length in zip(usage, lengths, strict=True)}
-        model = answer.get("model") if isinstance(answer.get("model"), str) else self.model_name
-        return {"choices": found, "usage": usage, "model": self.redact(model)}
+        """A reply to the request `body` → the answer as `ask` gives it, without the key. Raises BadAnswer."""
+        answer = read_answer(text, body)
+        for choice in answer["choices"]:
+            choice["text"] = self.redact(choice["text"])
+        model = answer["model"] if isinstance(answer["model"], str) else self.model_name
+        return {**answer, "model": self.redact(model)}
 
     def read_error(self, status: int, text: str) -> dict[str, Any]:
-        """The error forms of many servers → {"status", "verdict", "message", "param"}, without the key."""
-        try:
-            payload = json.loads(text)
-        except (ValueError, RecursionError):
-            payload = {}
-        error = payload.get("error", payload) if isinstance(payload, dict) else payload
-        error = error if isinstance(error, dict) else {"message": error}
-        message = " ".join(
-            str(error.get("message") or error.get("detail") or http.client.responses.get(status)).split()
-        )
-        code = " ".join(str(error[name]) for name in ("code", "type") if error.get(name))
-        verdict = judge(status, code.lower(), message.lower())
-        message = self.redact(message)[:500]
-        return {"status": status, "verdict": verdict, "message": message, "param": str(error.get("param"))}
+        """An HTTP error's body → {"status", "remedy", "message", "param"}, without the key."""
+        error = read_error(status, text)
+        return {**error, "message": self.redact(error["message"])[:500]}
 
-    def give_up_parameters(self, error: dict[str, Any]) -> bool:
+    def drop_refused_fields(self, error: dict[str, Any]) -> bool:
         """Drop (or rename) the fields that the server says it does not take; False where it names none of ours."""
         if not re.search(
             r"(?i)unsupported|not supported|unrecogni[sz]ed|unexpected|unknown|permitted", error["message"]
         ):
             return False
-        ours = self._parameters.keys() | self._given_up
+        ours = self._parameters.keys() | self._refused_fields
         named = {error["param"]} & ours or set(re.findall(r"\w+", error["message"])) & ours
-        for name in named - self._given_up:
+        for name in named - self._refused_fields:
             value = self._parameters.pop(name)
-            self._given_up.add(name)
+            self._refused_fields.add(name)
             other = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}.get(name)
-            if other and other not in self._given_up:
+            if other and other not in self._refused_fields:
                 self._parameters[other] = value
             self._notify(f"{self.host} does not take {name}: {f'sent as {other}' if other else 'left out'}")
         return bool(named)  # also where another request in flight has learnt it before
@@ -379,10 +281,10 @@ class Teacher:
             "quota": ("no quota left", "add credit or raise the account's limit, then run the same command again"),
             "model": (f"unknown model {self.model_name}", f"use --model_name {DEFAULT_MODEL}"),
         }.get(
-            error["verdict"],
+            error["remedy"],
             ("the request is refused", "check --base_url (mostly ends in /v1), --api and the decoding arguments"),
         )
-        if error["verdict"] == "model" and (usable := await self._models()):
+        if error["remedy"] == "model" and (usable := await self._models()):
             remedy += f", or one that this key can use: {usable}"
         return ExpectedError(
             f"{what} ({self.host}, HTTP {error['status']}: {error['message']}); {remedy}", ExitCode.API
@@ -391,123 +293,17 @@ class Teacher:
     async def _models(self) -> str:
         """The names of (up to 20) models that the key can use; "" where the server does not tell within a second."""
         with contextlib.suppress(Exception):
-            page = await asyncio.wait_for(self._client.models.list(), 1.0)
+            page = await asyncio.wait_for(self.client.models.list(), 1.0)
             names = sorted(model.id for model in page.data)
             return self.redact(", ".join(names[:20]) + (", …" if len(names) > 20 else ""))
         return ""
 
     async def close(self) -> None:
-        await self._client.close()
-
-    async def run_batch(
-        self,
-        batch: dict[str, Any],
-        prompts: dict[int, str],
-        remember: Callable[[dict[str, Any]], None],
-        poll_seconds: float,
-    ) -> tuple[dict[int, dict[str, Any] | str], ExpectedError | None]:
-        """Send prompts through the Batch API, or go on with a batch that an earlier process began.
-
-        `batch` holds what was remembered of it ({} for a new one); `remember` is called with it, to be synced, after
-        every step that costs something. → for each prompt's number its answer as `ask` gives it, or in a word why there
-        is none; and the error that the run must end with, or None.
-        """
-        client = self._client
-        endpoint = "/v1/chat/completions" if self.api == "chat" else "/v1/completions"
-        bodies = {number: self.body(prompt) for number, prompt in prompts.items()}
-        if "input_file_id" not in batch:
-            lines = (
-                json.dumps({"custom_id": f"request-{number}", "method": "POST", "url": endpoint, "body": body})
-                for number, body in bodies.items()
-            )
-            data = "".join(line + "\n" for line in lines).encode()
-            upload = await self._call(lambda: client.files.create(file=("batch.jsonl", data), purpose="batch"))
-            batch |= {"input_file_id": upload.id}
-            remember(batch)
-
-        async def find_or_create():
-            # A process killed between creating a batch and remembering it must not create, and pay, a second one.
-            for known in (await client.batches.list(limit=100)).data:  # the newest
-                if known.input_file_id == batch["input_file_id"]:
-                    return known
-            return await client.batches.create(
-                input_file_id=batch["input_file_id"], endpoint=endpoint, completion_window="24h"
-            )
-
-        if "batch_id" not in batch:
-            batch |= {"batch_id": (await self._call(find_or_create)).id}
-            remember(batch)
-        while True:
-            state = await self._call(lambda: client.batches.retrieve(batch["batch_id"]))
-            if state.status in ("completed", "expired", "cancelled", "failed"):
-                break
-            await self._sleep(poll_seconds)
-        results: dict[int, dict[str, Any] | str] = {number: f"batch {state.status}" for number in bodies}
-        refusal = None
-        for file_id in filter(None, (state.output_file_id, state.error_file_id)):
-            content = await self._call(lambda file_id=file_id: client.files.content(file_id))
-            for line in content.text.splitlines():
-                number, result, error = self._read_batch_line(line, bodies)
-                if number in results:
-                    results[number] = result
-                if error and not (error["verdict"] == "request" and self.give_up_parameters(error)):
-                    refusal = error
-        if state.status == "failed":
-            problems = "; ".join(str(problem.message) for problem in (state.errors and state.errors.data) or [])
-            return results, ExpectedError(
-                f"batch {state.id} failed: {self.redact(problems) or 'no reason given'}; "
-                "if it is too large for the account's queue, lower --batch_requests",
-                ExitCode.API,
-            )
-        return results, refusal and await self.refusal(refusal)
-
-    async def _call(self, operation: Callable[[], Awaitable]) -> Any:
-        """A request beside the completions, with retries; an HTML page or broken JSON counts as a failed attempt."""
-
-        async def attempt():
-            try:
-                result = await operation()
-            except ValueError:
-                raise BadAnswer("broken JSON", "")
-            if isinstance(result, str):
-                raise BadAnswer("HTML page", result)
-            return result
-
-        return await self.attempts(attempt)
-
-    def _read_batch_line(self, line: str, bodies: dict[int, dict]) -> tuple[int, dict | str, dict | None]:
-        """One line of a batch's result files → request number, answer or fault, error that ends the run or None."""
-        try:
-            record = json.loads(line)
-            number = int(record["custom_id"].removeprefix("request-"))
-            response = record.get("response") or {}
-            status, payload = response.get("status_code"), json.dumps(response.get("body"))
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            return -1, "broken JSON", None
-        if status == 200:
-            try:
-                return number, self.read_answer(payload, bodies.get(number, {})), None
-            except BadAnswer as failure:
-                return number, failure.kind, None
-        if not status:  # never sent, such as batch_expired
-            return number, str((record.get("error") or {}).get("code") or "no response"), None
-        error = self.read_error(status, payload)
-        if error["verdict"] == "filtered":
-            return number, self.filtered_answer(), None
-        fatal = error["verdict"] in ("key", "quota", "model", "request", "shorten")
-        return number, f"HTTP {status}", error if fatal else None
+        await self.client.close()
 
 
-def complete_prompts(prompts: list, batch_size: int, n: int, **teacher_arguments) -> list[list[dict[str, Any]]]:
-    """→ for each prompt its n choices, each with the `total_tokens` of its request; `batch_size` prompts at a time.
-
-    Works inside a running event loop (a notebook) too, hence the thread. Progress on a terminal.
-    """
-    with concurrent.futures.ThreadPoolExecutor(1) as executor:
-        return executor.submit(asyncio.run, _complete_prompts(prompts, batch_size, n, teacher_arguments)).result()
-
-
-async def _complete_prompts(prompts: list, batch_size: int, n: int, teacher_arguments: dict) -> list[list[dict]]:
+async def _complete_prompts(prompts: list, batch_size: int, n: int, **teacher_arguments) -> list[list[dict]]:
+    """→ for each prompt its n choices, each with the `total_tokens` of its request. Progress on a terminal."""
     teacher = Teacher(**teacher_arguments, notify=functools.partial(tqdm.write, file=sys.stderr))
     places = asyncio.Semaphore(batch_size)
     bar = tqdm(total=len(prompts), desc="prompts", disable=None)
@@ -573,18 +369,11 @@ def openai_completion(
     single = isinstance(prompts, (str, dict))
     prompts = [prompts] if single else list(prompts)
     prompts = prompts[: min(max_instances, max_batches * batch_size)]
-    answers = complete_prompts(
-        prompts,
-        batch_size,
-        decoding_args.n,
-        model_name=model_name,
-        decoding=decoding_args,
-        api=api,
-        base_url=base_url,
-        max_attempts=max_attempts,
-        sleep_time=sleep_time,
-        **decoding_kwargs,
-    )
+    client = {"api": api, "base_url": base_url, "max_attempts": max_attempts, "sleep_time": sleep_time}
+    arguments = {"model_name": model_name, "decoding": decoding_args, **client, **decoding_kwargs}
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:  # in a notebook this thread has an event loop already
+        work = _complete_prompts(prompts, batch_size, decoding_args.n, **arguments)
+        answers = executor.submit(asyncio.run, work).result()
     results = [[choice["text"] if return_text else Completion(choice) for choice in choices] for choices in answers]
     if decoding_args.n == 1:
         results = [choices[0] for choices in results]

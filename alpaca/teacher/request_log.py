@@ -4,6 +4,7 @@ import collections
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from alpaca.common import ExitCode, ExpectedError, sync_directory
@@ -55,18 +56,18 @@ class Meter:
             raise budget_error("max_requests")
         self.requests += 1
 
-    def used(self, usage: dict[str, int], batch: bool = False) -> None:
+    def count_usage(self, usage: dict[str, int], batch: bool = False) -> None:
         self.tokens += sum(usage.values())
         self.cost += self.price(usage, batch)
 
-    def read(self, record: dict[str, Any]) -> None:
-        """Count a record of the log: limits are for the whole output directory, over all its processes."""
-        if "request" not in record:
-            return
-        self.requests += 1
-        self.used(record["usage"], record["batch"])
-        if "fault" in record:
-            self.faults[record["fault"]] += 1
+    def count_logged(self, records: Iterable[dict[str, Any]]) -> None:
+        """Count what the log holds: limits are for the whole output directory, over all its processes."""
+        for record in records:
+            if "request" in record:
+                self.requests += 1
+                self.count_usage(record["usage"], record["batch"])
+            if "fault" in record:
+                self.faults[record["fault"]] += 1
 
 
 def budget_error(flag: str) -> ExpectedError:

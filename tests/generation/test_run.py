@@ -1,105 +1,21 @@
-"""Whole runs against a scripted server on loopback: retries, limits, interruptions, and that nothing is lost."""
+"""Whole runs against a scripted server on loopback: limits, interruptions, and that nothing is lost."""
 
 import collections
-import contextlib
-import email.utils
 import json
-import os
 import random
 import resource
 import signal
 import stat
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
-from alpaca.common import ExitCode, ExpectedError
+from alpaca.common import ExitCode
 from alpaca.generation.self_instruct import encode_prompt, read_seed_tasks, sample_seed_tasks
-from alpaca.teacher.client import judge, retry_after_seconds
-from generate_instruction import export, generate_instruction_following_data, replay
+from generate_instruction import export, replay
+from tests.conftest import ROOT
+from tests.generation.runs import KEY, answers, fails, finish, generate, random_faults, records, start, wait_for
 from tests.teacher.teacher_server import TeacherServer, answer_text, error, tasks_for
-
-ROOT = Path(__file__).resolve().parents[2]
-KEY = "sk-planted-0123456789abcdef"
-FAULTS = ["broken JSON", "HTML page", "no choices", "null content", "connection cut", "no connection", 429, 500, 503]
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-
-
-def generate(server, path, **arguments):
-    """A run in this process, with short waits."""
-    arguments = {"num_instructions_to_generate": 60, "sleep_time": 0.01, "num_cpus": 2, **arguments}
-    generate_instruction_following_data(
-        output_dir=str(path), seed_tasks_path=str(ROOT / "seed_tasks.jsonl"), base_url=server.url, **arguments
-    )
-
-
-def command(server, path, *flags, target=60):
-    return [
-        *(sys.executable, "-m", "generate_instruction", "generate_instruction_following_data"),
-        *("--output_dir", str(path), "--base_url", server.url, "--num_instructions_to_generate", str(target)),
-        *("--sleep_time", "0.01", "--num_cpus", "2", *flags),
-    ]
-
-
-def start(server, path, *flags, **options):
-    return subprocess.Popen(
-        command(server, path, *flags, **options), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def finish(process, timeout=120):
-    out, err = process.communicate(timeout=timeout)
-    return process.returncode, out, err
-
-
-def records(path):
-    return [json.loads(line) for line in (path / "requests.jsonl").read_text().splitlines()]
-
-
-def answers(path):
-    return [record for record in records(path) if "answer" in record]
-
-
-def fails(exit_code, match=None):
-    @contextlib.contextmanager
-    def context():
-        with pytest.raises(ExpectedError, match=match) as info:
-            yield info
-        assert info.value.exit_code == exit_code
-        assert "\n" not in str(info.value) and KEY not in str(info.value)
-
-    return context()
-
-
-def random_faults(share, seed=0):
-    """Each attempt of each prompt fails with probability `share`, in a way that depends on prompt and attempt only."""
-
-    def fault(server, body, attempt):
-        rng = random.Random(f"{seed} {attempt} {body['messages'][0]['content'][-300:]}")
-        if attempt > 8 or rng.random() >= share:
-            return None
-        way = rng.choice(FAULTS)
-        return error(way, "try again", Retry_After="0.01") if isinstance(way, int) else way
-
-    return fault
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """regen.json of a run with one request at a time and no fault."""
-    os.environ["OPENAI_API_KEY"] = KEY
-    path = tmp_path_factory.mktemp("undisturbed")
-    with TeacherServer() as server:
-        generate(server, path, concurrency=1)
-    return (path / "regen.json").read_bytes()
 
 
 def test_output_is_what_the_teacher_wrote(tmp_path):
@@ -163,228 +79,11 @@ def test_a_larger_target_goes_on_and_a_smaller_one_asks_nothing(tmp_path):
     assert len(json.loads((tmp_path / "regen.json").read_text())) < 36
 
 
-# ------------------------------------------------------------------------------------------------------ retries, errors
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_each_fault_is_retried_counted_and_kept_for_inspection(tmp_path, undisturbed, fault):
-    def once(server, body, attempt):
-        if attempt > 1:
-            return None
-        return error(fault, "busy") if isinstance(fault, int) else fault
-
-    with TeacherServer(fault=once) as server:
-        generate(server, tmp_path, concurrency=8)
-    assert (tmp_path / "regen.json").read_bytes() == undisturbed
-    faults = [record for record in records(tmp_path) if "fault" in record]
-    kind = f"HTTP {fault}" if isinstance(fault, int) else fault
-    assert collections.Counter(record["fault"] for record in faults) == {kind: server.faults[kind]}
-    assert len(faults) == len(answers(tmp_path)) or server.attempts.total() - len(faults) == len(answers(tmp_path))
-    if fault in ("broken JSON", "connection cut", "HTML page"):
-        assert all(len(record["raw"]) > 20 for record in faults)
-        assert all(record["raw"].startswith("<html>" if fault == "HTML page" else '{"id": "c"') for record in faults)
-
-
-@pytest.mark.parametrize(
-    ("headers", "seconds"),
-    [
-        ({"retry-after": "20"}, 20.0),
-        ({"retry-after": "0"}, 0.0),
-        ({"retry-after": "1.5"}, 1.5),
-        ({"retry-after-ms": "1500", "retry-after": "9"}, 1.5),
-        ({"retry-after": "Wed, 21 Oct 2026 07:28:30 GMT", "date": "Wed, 21 Oct 2026 07:28:00 GMT"}, 30.0),
-        ({"retry-after": "Wednesday, 21-Oct-26 07:28:30 GMT", "date": "Wed, 21 Oct 2026 07:28:00 GMT"}, 30.0),
-        ({"retry-after": "Wed Oct 21 07:28:30 2026", "date": "Wed, 21 Oct 2026 07:28:00 GMT"}, 30.0),
-        ({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0.0),
-        ({"retry-after": "soon"}, None),
-        ({"retry-after": "-1"}, None),
-        ({"retry-after": "inf"}, None),
-        ({"retry-after": "nan"}, None),
-        ({}, None),
-    ],
-)
-def test_retry_after_in_every_form(headers, seconds):
-    assert retry_after_seconds(headers) == seconds
-
-
-@pytest.mark.parametrize("form", ["seconds", "milliseconds", "date"])
-def test_retry_after_is_obeyed(tmp_path, form):
-    def busy(server, body, attempt):
-        if attempt > 1:
-            return None
-        date = email.utils.formatdate(time.time() + 2, usegmt=True)
-        headers = {
-            "seconds": {"Retry_After": "1"},
-            "milliseconds": {"Retry_After_Ms": "900"},
-            "date": {"Retry_After": date},
-        }
-        return error(429, "slow down", "rate_limit_exceeded", **headers[form])
-
-    with TeacherServer(fault=busy) as server:
-        generate(server, tmp_path, num_instructions_to_generate=1)
-    assert len(server.times) == 2
-    assert 0.85 <= server.times[1] - server.times[0] < 10
-
-
-def test_attempts_are_bounded_and_the_next_run_goes_on(tmp_path, undisturbed):
-    number = collections.Counter()
-
-    def down_after_three(server, body, attempt):
-        number["asked"] += 1
-        return error(503, "overloaded") if number["asked"] > 3 else None
-
-    with TeacherServer(fault=down_after_three) as server:
-        with fails(ExitCode.BUDGET, "4 attempts at one request .* failed, the last with: HTTP 503; .* saved"):
-            generate(server, tmp_path, concurrency=1, max_attempts=4)
-        assert len(server.bodies) == 7 and len(answers(tmp_path)) == 3
-        assert len(json.loads((tmp_path / "regen.json").read_text())) > 10
-        server.fault = lambda *_: None
-        generate(server, tmp_path, concurrency=4)
-        assert max(server.answered.values()) == 1
-    assert (tmp_path / "regen.json").read_bytes() == undisturbed
-
-
-def test_backoff_grows_and_varies(tmp_path):
-    with TeacherServer(fault=lambda server, body, attempt: error(500, "oops") if attempt < 6 else None) as server:
-        generate(server, tmp_path, num_instructions_to_generate=1, sleep_time=0.1)
-    gaps = [b - a for a, b in zip(server.times, server.times[1:], strict=False)]
-    for retry, gap in enumerate(gaps):
-        assert 0.05 * 2**retry <= gap < 0.1 * 2**retry + 2
-    assert len({round(gap / 2**retry, 3) for retry, gap in enumerate(gaps)}) > 1
-
-
-@pytest.mark.parametrize(
-    ("response", "match"),
-    [
-        (error(401, f"Incorrect API key provided: {KEY}", "invalid_api_key"), "key is refused.*OPENAI_API_KEY"),
-        (error(429, "You exceeded your current quota", "insufficient_quota"), "no quota left.*add credit"),
-        (error(402, "Payment required"), "no quota left"),
-        (
-            error(404, "The model `text-davinci-003` has been deprecated", "model_not_found"),
-            r"unknown model text-davinci-003 .*--model_name gpt-5.4-mini, or one .* this key can use: model-a, model-b",
-        ),
-        (error(400, "stop is malformed"), "request is refused.*stop is malformed.*--base_url"),
-        (error(403, "Country not supported"), "key is refused"),
-    ],
-)
-def test_what_asking_again_cannot_help_ends_after_one_request(tmp_path, response, match):
-    with TeacherServer(fault=lambda *_: error_copy(response)) as server:
-        with fails(ExitCode.API, match):
-            generate(server, tmp_path, concurrency=32, model_name="text-davinci-003")
-        assert time.monotonic() - server.times[0] < 2
-        assert len(server.bodies) == 1
-
-
-def error_copy(response):
-    return type(response)(body=response.body, status=response.status, content_type="application/json")
-
-
-def test_wrong_key_on_the_command_line(tmp_path):
-    with TeacherServer(expected_key="another") as server:
-        code, out, err = finish(start(server, tmp_path, "--concurrency", "16"))
-    assert code == 4 and len(server.bodies) == 1
-    assert err.strip().splitlines()[-1].startswith("error: the key is refused") and "Traceback" not in err
-    assert KEY not in out + err
-
-
-def test_no_key_for_openai(tmp_path, monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY")
-    with fails(ExitCode.API, "OPENAI_API_KEY"):
-        generate_instruction_following_data(str(tmp_path), str(ROOT / "seed_tasks.jsonl"))
-    with TeacherServer() as server:  # one's own server needs none
-        generate(server, tmp_path, num_instructions_to_generate=1)
-
-
-def test_context_too_long_shortens_the_answer(tmp_path):
-    def fault(server, body, attempt):
-        message = "This model's maximum context length is 2048 tokens. However, you requested 4000 tokens."
-        return error(400, message, "context_length_exceeded") if body["max_tokens"] > 1000 else None
-
-    with TeacherServer(fault=fault) as server:
-        generate(server, tmp_path, num_instructions_to_generate=1)
-    assert [body["max_tokens"] for body in server.bodies] == [3072, 2457, 1965, 1572, 1257, 1005, 804]
-    assert {record["fault"] for record in records(tmp_path) if "fault" in record} == {"context too long"}
-    with TeacherServer(fault=lambda *_: error(400, "maximum context length", "context_length_exceeded")) as server:
-        with fails(ExitCode.API, "does not fit the context"):
-            generate(server, tmp_path / "never")
-        assert len(server.bodies) < 25
-
-
-def test_fields_that_the_server_does_not_take_are_left_out(tmp_path, capsys):
-    def fault(server, body, attempt):
-        if "max_tokens" in body:
-            message = "Unsupported parameter: 'max_tokens' is not supported. Use 'max_completion_tokens' instead."
-            return error(400, message, "unsupported_parameter", "max_tokens")
-        if "top_p" in body:
-            return error(422, "Unexpected fields in the request: {'top_p'}")
-
-    with TeacherServer(fault=fault) as server:
-        generate(server, tmp_path, concurrency=8)
-    assert len(server.bodies) - len(answers(tmp_path)) == 2  # learnt once for the run
-    assert {"max_completion_tokens", "temperature"} <= server.bodies[-1].keys()
-    err = capsys.readouterr().err
-    assert "does not take max_tokens: sent as max_completion_tokens" in err and "does not take top_p: left out" in err
-
-
-def test_a_filtered_prompt_is_an_empty_answer(tmp_path):
-    def fault(server, body, attempt):
-        return error(400, "The prompt was filtered", "content_filter") if len(server.bodies) == 2 else None
-
-    with TeacherServer(fault=fault) as server:
-        generate(server, tmp_path, concurrency=1)
-    assert [record["finish_reason"] for record in answers(tmp_path)].count("content_filter") == 1
-
-
-def test_judgements():
-    assert judge(404, "", "the model `x` does not exist.") == "model"
-    assert judge(404, "", "not found") == "request"
-    assert judge(403, "model_not_found", "project has no access to model x") == "model"
-    assert (
-        judge(429, "rate_limit_exceeded", "rate limit reached") == judge(529, "", "") == judge(408, "", "") == "retry"
-    )
-    assert judge(400, "exceed_context_size_error", "the request exceeds the available context size") == "shorten"
-    assert judge(413, "", "input is too long") == "shorten"
-
-
-def test_hanging_server_runs_into_the_timeout(tmp_path):
-    with TeacherServer(delay=lambda: 30 if not len(server.bodies) > 1 else 0) as server:
-        generate(server, tmp_path, num_instructions_to_generate=1, timeout=0.3)
-    assert [record["fault"] for record in records(tmp_path) if "fault" in record] == ["timeout"]
-
-
 def test_a_teacher_that_gives_nothing_new_is_not_paid_for_ever(tmp_path):
     with TeacherServer(answer=lambda prompt: answer_text(tasks_for("always the same"))) as server:
         with fails(ExitCode.BUDGET, "gave nothing new"):
             generate(server, tmp_path, concurrency=4)
         assert 100 < len(server.bodies) < 110
-
-
-# --------------------------------------------------------------------------------------------------------------- limits
-
-
-@pytest.mark.parametrize(
-    ("limit", "most"),
-    [
-        ({"max_requests": 7}, 7),
-        ({"max_tokens_total": 20_000}, 20_000 / 1500),
-        # 1000 prompt and 500 answer tokens: 0.002 a request
-        ({"max_cost": 0.021, "price_in": 1.0, "price_out": 2.0}, 10.5),
-    ],
-)
-def test_limits_are_never_exceeded_and_the_run_goes_on_when_raised(tmp_path, undisturbed, limit, most):
-    with TeacherServer(delay=0.01, fault=random_faults(0.2)) as server:
-        with fails(ExitCode.BUDGET, f"--{next(iter(limit))} is used up; everything so far is saved"):
-            generate(server, tmp_path, concurrency=8, **limit)
-        paid = len(server.bodies) if "max_requests" in limit else server.answered.total()
-        assert most * 0.6 < paid <= most
-        assert len(answers(tmp_path)) == server.answered.total()
-        before = len(server.bodies)
-        with fails(ExitCode.BUDGET, "is used up"):  # limits are for the directory, not for each start
-            generate(server, tmp_path, concurrency=8, **limit)
-        assert len(server.bodies) <= before + 2
-        generate(server, tmp_path, concurrency=8)
-        assert max(server.answered.values()) == 1
-    assert (tmp_path / "regen.json").read_bytes() == undisturbed
 
 
 def test_summary_counts_right(tmp_path, capsys):
@@ -408,9 +107,6 @@ def test_summary_counts_right(tmp_path, capsys):
     assert f"blacklisted word {rejected['blacklisted word']}" in out and f"{len(kept)} of 60 instructions" in out
 
 
-# -------------------------------------------------------------------------------------------------------- nothing lost
-
-
 def test_files_are_private_and_the_key_is_nowhere(tmp_path, capfd):
     def leaky(server, body, attempt):
         if attempt == 1:
@@ -428,31 +124,6 @@ def test_files_are_private_and_the_key_is_nowhere(tmp_path, capfd):
     for file in tmp_path.iterdir():
         assert KEY.encode() not in file.read_bytes(), file
     assert KEY not in "".join(capfd.readouterr())
-
-
-def test_replay_and_export(tmp_path, undisturbed, capsys):
-    with TeacherServer(delay=0.005) as server:
-        generate(server, tmp_path, concurrency=8)
-        asked = len(server.bodies)
-        (tmp_path / "regen.json").unlink()
-        replay(str(tmp_path))
-        assert (tmp_path / "regen.json").read_bytes() == undisturbed
-        replay(str(tmp_path), max_similarity=1.0, blacklist=(), num_instructions_to_generate=10_000)
-        relaxed = json.loads((tmp_path / "regen.json").read_text())
-        assert len(relaxed) == 6 * len(answers(tmp_path))  # everything that the teacher wrote
-        replay(str(tmp_path), max_similarity=0.05, blacklist="to,ba1", min_words=8)
-        strict = json.loads((tmp_path / "regen.json").read_text())
-        assert 0 < len(strict) < 40 and all(len(entry["instruction"].split()) >= 8 for entry in strict)
-        replay(str(tmp_path))
-        assert len(server.bodies) == asked
-    export(str(tmp_path), path=str(tmp_path / "alpaca_data.json"))
-    examples = json.loads((tmp_path / "alpaca_data.json").read_text())
-    kept = json.loads(undisturbed)
-    assert examples == [{part: entry[part] for part in ("instruction", "input", "output")} for entry in kept]
-    with fails(ExitCode.USAGE, "no requests.jsonl"):
-        replay(str(tmp_path / "nowhere"))
-    with fails(ExitCode.USAGE, r"no .*regen.json"):
-        export(str(tmp_path / "nowhere"))
 
 
 def test_answers_behind_a_gap_wait_or_are_used_if_asked(tmp_path):
@@ -522,48 +193,6 @@ def test_another_seed_or_other_seed_tasks_need_another_directory(tmp_path):
         assert len(server.bodies) == asked
 
 
-@pytest.mark.parametrize("tail", [b'{"request": 3, "answ', b"\0" * 100, b"x"])
-def test_a_torn_last_line_is_cut_off_and_reported(tmp_path, undisturbed, capsys, tail):
-    with TeacherServer() as server:
-        with fails(ExitCode.BUDGET):
-            generate(server, tmp_path, max_requests=4)
-        with open(tmp_path / "requests.jsonl", "ab") as file:
-            file.write(tail)
-        generate(server, tmp_path)
-        assert f"cut off {len(tail)} bytes" in capsys.readouterr().err
-        assert max(server.answered.values()) == 1
-    assert (tmp_path / "regen.json").read_bytes() == undisturbed
-
-
-def test_every_torn_length_of_the_last_record_is_survived(tmp_path, undisturbed):
-    with TeacherServer() as server:
-        with fails(ExitCode.BUDGET):
-            generate(server, tmp_path, max_requests=2)
-    whole = (tmp_path / "requests.jsonl").read_bytes()
-    for length in range(len(whole) - 40, len(whole)):
-        (tmp_path / "requests.jsonl").write_bytes(whole[:length])
-        replay(str(tmp_path))
-        assert (tmp_path / "requests.jsonl").read_bytes() == whole[: whole.rindex(b"\n", 0, -1) + 1]
-
-
-def test_damage_in_the_middle_is_told_with_its_position(tmp_path):
-    with TeacherServer() as server:
-        generate(server, tmp_path)
-    log, regen = (tmp_path / "requests.jsonl").read_bytes(), (tmp_path / "regen.json").read_bytes()
-    lines = log.splitlines(keepends=True)
-    rng = random.Random(0)
-    for _ in range(40):
-        number = rng.randrange(2, len(lines) - 1)
-        begin = sum(map(len, lines[:number]))
-        position = begin + rng.randrange(len(lines[number]) - 1)
-        damaged = bytearray(log)
-        damaged[position] ^= 1 << rng.randrange(3)
-        (tmp_path / "requests.jsonl").write_bytes(damaged)
-        with fails(ExitCode.INTEGRITY, rf"line {number + 1} \(at byte {begin}\) is damaged"):
-            replay(str(tmp_path))
-    assert (tmp_path / "regen.json").read_bytes() == regen
-
-
 def test_a_full_disk_leaves_everything_earlier_intact(tmp_path, undisturbed):
     """A limit on file size stands for the disk: the write that crosses it fails half done."""
     with TeacherServer() as server:
@@ -597,13 +226,6 @@ def test_a_second_process_is_told_who_works_there(tmp_path):
         with fails(ExitCode.LOCKED):
             replay(str(tmp_path))
         assert finish(first)[0] == 0
-
-
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -738,26 +360,3 @@ def test_a_thousand_requests_with_thirty_percent_faults(tmp_path):
 @pytest.mark.soak
 def test_ten_thousand_requests_with_thirty_percent_faults(tmp_path):
     faulty_run(tmp_path, 10_000)
-
-
-# --------------------------------------------------------------------------------------------------------- wrong usage
-
-
-@pytest.mark.parametrize(
-    ("flags", "match"),
-    [
-        (["--concurency", "3"], "unknown flag --concurency; did you mean --concurrency"),
-        (["--concurrency", "0"], "--concurrency 0: give a whole number from 1"),
-        (["--max_cost", "3"], "needs --price_in and --price_out"),
-        (["--temperature", "hot"], "--temperature hot: give a number"),
-        (["--api", "chats"], "choose chat or completions"),
-        (["--base_url", "localhost"], "--base_url"),
-        (["--seed_tasks_path", "/nonexistent/seeds.jsonl"], "seed_tasks_path"),
-    ],
-)
-def test_wrong_usage_is_one_line_before_any_request(tmp_path, flags, match):
-    with TeacherServer() as server:
-        code, _, err = finish(start(server, tmp_path, *flags))
-    assert code == (3 if "seed_tasks_path" in match else 2)
-    assert len(err.strip().splitlines()) == 1 and err.startswith("error: ") and match in err
-    assert not server.bodies

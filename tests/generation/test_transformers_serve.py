@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import random
 import re
 import socket
 import subprocess
@@ -12,15 +11,13 @@ import time
 import urllib.request
 from pathlib import Path
 
-import pytest
 import torch
 import transformers
 
 import inference
-from alpaca.generation.self_instruct import encode_prompt, read_seed_tasks
 from alpaca.teacher.client import Completion, OpenAIDecodingArguments, openai_completion
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 TASKS = [
     {"instruction": "Name the largest planet in our solar system.", "input": "", "output": "Jupiter"},
     {"instruction": "Sort these three numbers from small to large.", "input": "3, 1, 2", "output": "1, 2, 3"},
@@ -31,36 +28,31 @@ ANSWER = (
 )
 
 
-def save(model, llama, directory):
-    """Model and tokenizer, with a chat template that leaves the prompt as it is."""
+def scripted(llama, directory):
+    """A model that gives ANSWER to everything, by its weights rather than by training: no rounding can change that.
+
+    Each line of ANSWER is a token of its own. Attention and MLP add nothing, so that the last token alone decides on
+    the next: after the n-th line comes the n+1-th, after the last the end, and after any other token the first.
+    """
+    lines = ANSWER.splitlines(keepends=True)
+    assert len(set(lines)) == len(lines)
     tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
+    tokenizer.add_tokens([transformers.AddedToken(line, normalized=False) for line in lines])
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     tokenizer.save_pretrained(directory)
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    chain = [*tokenizer.convert_tokens_to_ids(lines), tokenizer.eos_token_id]
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.fill_(1.0 if "norm" in name else 0.0)
+        embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        embeddings[:, 0] = 1.0  # (tokens, hidden): each token one of the first len(lines) + 1 directions
+        for direction, token in enumerate(chain):
+            embeddings[token] = torch.eye(embeddings.shape[1])[direction + 1]
+            head[token, direction] = 10.0
     model.save_pretrained(directory)
     return directory
-
-
-def taught(llama):
-    """The embedded model, taught to answer any prompt of ours with two tasks. About 20 CPU-seconds."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
-    model = transformers.AutoModelForCausalLM.from_pretrained(llama)
-    seeds = sorted(read_seed_tasks(str(ROOT / "seed_tasks.jsonl"), 1), key=lambda task: len(str(task)))[:90]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95))
-    rng = random.Random(0)
-    for _ in range(200):
-        prompt = encode_prompt([rng.choice(seeds)])
-        given = len(tokenizer(prompt).input_ids)
-        ids = torch.tensor([[*tokenizer(prompt + ANSWER).input_ids, tokenizer.eos_token_id]])
-        labels = ids.clone()
-        labels[:, :given] = -100
-        loss = model(input_ids=ids, labels=labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if loss < 0.01:
-            break
-    return model
 
 
 @contextlib.contextmanager
@@ -118,25 +110,32 @@ def generate(url, model, path, api, *flags):
     return result.returncode, [record for record in records if "answer" in record]
 
 
-def test_both_wire_formats_with_a_random_model(llama, tmp_path):
-    """Its answers are noise, and they arrive, are counted, logged and parsed."""
-    directory = save(transformers.AutoModelForCausalLM.from_pretrained(llama), llama, tmp_path / "model")
+def test_both_wire_formats(llama, tmp_path):
+    """Answers arrive, are counted, logged and parsed, whole ones and those cut off for length."""
+    directory = scripted(llama, tmp_path / "model")
     with serve(directory, tmp_path / "home") as url:
         for api in ("completions", "chat"):
-            code, answers = generate(url, directory, tmp_path / api, api, "--max_requests", "2", "--max_tokens", "16")
+            flags = "--num_instructions_to_generate", "2", "--temperature", "0.01", "--max_tokens", "120"
+            code, (answer,) = generate(url, directory, tmp_path / api, api, *flags)
+            assert code == 0 and answer["finish_reason"] == "stop" and answer["answer"].strip() == ANSWER.strip()
+            entries = json.loads((tmp_path / api / "regen.json").read_text())
+            assert [{part: entry[part] for part in TASKS[0]} for entry in entries] == TASKS
+            cut = tmp_path / f"{api}_cut"
+            code, answers = generate(url, directory, cut, api, "--max_requests", "2", "--max_tokens", "4")
             assert code == 5 and [answer["request"] for answer in answers] == [0, 1]
             for answer in answers:
                 assert answer["answer"].strip() and answer["finish_reason"] == "length"
-                assert answer["usage"]["completion_tokens"] == 16 and answer["usage"]["prompt_tokens"] > 400
-            assert json.loads((tmp_path / api / "regen.json").read_text()) == []
+                assert answer["usage"]["completion_tokens"] == 4 and answer["usage"]["prompt_tokens"] > 400
+            assert json.loads((cut / "regen.json").read_text()) == []
         arguments = OpenAIDecodingArguments(max_tokens=4, n=2)  # this server ignores n
         found = openai_completion("Name a", arguments, str(directory), api="completions", base_url=url)
         assert len(found) == 2 and all(isinstance(choice, Completion) and choice.text for choice in found)
         assert all(choice.finish_reason == "length" for choice in found)
 
 
-def test_the_readme_asks_it_for_the_answer_that_inference_gives(llama, tmp_path, capsys):
-    example = re.search(r"```python\n(from openai .*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
+def test_the_documented_client_gets_the_answer_that_inference_gives(llama, tmp_path, capsys):
+    documents = "\n".join(path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+    example = re.search(r"```python\n(from openai .*?)```", documents, re.DOTALL).group(1)
     question = {"instruction": "Shorten this.", "input": "It rained all day."}
     assert json.dumps(question) in example
     with serve(llama, tmp_path / "home") as url:
@@ -146,15 +145,3 @@ def test_the_readme_asks_it_for_the_answer_that_inference_gives(llama, tmp_path,
     model = transformers.AutoModelForCausalLM.from_pretrained(llama)
     sampling = inference.Sampling(max_new_tokens=12, temperature=0, top_p=1, seed=0)
     assert capsys.readouterr().out == inference.answer(model, reader, [reader.encode(question, 12)], sampling)[0] + "\n"
-
-
-@pytest.mark.soak
-def test_tasks_of_a_taught_model_are_kept(llama, tmp_path):
-    directory = save(taught(llama), llama, tmp_path / "model")
-    with serve(directory, tmp_path / "home") as url:
-        for api in ("completions", "chat"):
-            flags = "--num_instructions_to_generate", "2", "--temperature", "0.01", "--max_tokens", "120"
-            code, (answer,) = generate(url, directory, tmp_path / api, api, *flags)
-            assert code == 0 and answer["finish_reason"] == "stop"
-            entries = json.loads((tmp_path / api / "regen.json").read_text())
-            assert [{part: entry[part] for part in TASKS[0]} for entry in entries] == TASKS

@@ -8,25 +8,12 @@ import pytest
 from aiohttp import web
 
 from alpaca.common import ExitCode
-from tests.generation.test_run import KEY, answers, fails, finish, generate, records, start, wait_for
+from tests.generation.runs import KEY, answers, fails, finish, generate, records, start, wait_for
 from tests.teacher.teacher_server import TeacherServer, error
-
-
-@pytest.fixture(autouse=True)
-def key(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
 
 def batched(server, path, **arguments):
     generate(server, path, batch_api=True, poll_seconds=0.01, **arguments)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    path = tmp_path_factory.mktemp("undisturbed")
-    with TeacherServer() as server:
-        generate(server, path, concurrency=1)
-    return (path / "regen.json").read_bytes()
 
 
 def submitted(server):

@@ -1,0 +1,1 @@
+from tests.generation.runs import environment, undisturbed  # noqa: F401  (fixtures)
