@@ -10,45 +10,23 @@ integers that wrap around, so the tuned model comes back bit for bit. `weight_di
 for every tensor of base, diff and tuned model. A diff without it (the 2023 release) is read as float32 tuned − raw.
 """
 
-import collections
 import functools
 import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from alpaca.common import ExitCode, ExpectedError, jdump, run_commands, run_main
 from alpaca.prompts import format_prompt
-from alpaca.weights import files
+from alpaca.weights import alpaca_7b, output
 from alpaca.weights.arithmetic import FLOATS, Plan, diff_tensor, recover_tensor
-from alpaca.weights.files import DTYPE_BYTES, Checkpoint, ShardWriter
-from alpaca.weights.manifest import (
-    MANIFEST,
-    THREADS,
-    Work,
-    check_against_manifest,
-    check_archives,
-    check_hashes,
-    mismatch,
-    read_manifest,
-    say,
-    tensor_hashes,
-    well_formed,
-    write_manifest,
-)
-from alpaca.weights.plan import (
-    DTYPES,
-    ENCODINGS,
-    check_sum_of_2023,
-    is_alpaca_7b,
-    plan_from_manifest,
-    plan_tensors,
-    prepare_2023,
-    refuse_diff,
-    sum_of_2023,
-)
+from alpaca.weights.files import Checkpoint, bad_data, carried_files, copy_file, local_directory, mismatch
+from alpaca.weights.manifest import MANIFEST, check_against_manifest, read_manifest, well_formed, write_manifest
+from alpaca.weights.plan import ENCODINGS, plan_from_bare_diff, plan_from_manifest, plan_from_models, refuse_diff
+from alpaca.weights.work import THREADS, Work, check_archives, check_hashes, say, tensor_hashes
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Commands
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # what --dtype takes
 
 
 def check_flags(**flags: Any) -> None:
@@ -82,51 +60,44 @@ def make_diff(
     check_flags(overwrite=overwrite, verify=verify)
     if encoding not in ENCODINGS:
         raise ExpectedError(f"--encoding {encoding}: one of {', '.join(ENCODINGS)} expected", ExitCode.USAGE)
-    shard_bytes = files.shard_bytes(max_shard_size)
-    inputs = {flag: files.local_directory(p, flag) for flag, p in (("path_raw", path_raw), ("path_tuned", path_tuned))}
+    shard_bytes = output.shard_bytes(max_shard_size)
+    inputs = {
+        "path_raw": local_directory(path_raw, "path_raw"),
+        "path_tuned": local_directory(path_tuned, "path_tuned"),
+    }
     if inputs["path_raw"].samefile(inputs["path_tuned"]):
         raise ExpectedError(f"--path_raw and --path_tuned are the same: {inputs['path_raw']}", ExitCode.USAGE)
-    output = files.check_output(path_diff, "path_diff", inputs, overwrite)
+    directory = output.check_output(path_diff, "path_diff", inputs, overwrite)
     work, entries = Work(), {}
     with Checkpoint(inputs["path_raw"]) as raw, Checkpoint(inputs["path_tuned"]) as tuned:
         refuse_diff(raw, "path_raw")
         refuse_diff(tuned, "path_tuned")
         if verify:
             check_archives(work, [raw, tuned])
-        plans = plan_tensors(work, raw, tuned, encoding, is_diff=False)
-        floats = {name for name, plan in plans.items() if encoding == "float32" and plan.dtype in FLOATS}
-        # An exact difference is no number: it is stored with an integer type of the same width.
-        types = {n: "F32" if n in floats else f"I{8 * DTYPE_BYTES[plan.dtype]}" for n, plan in plans.items()}
+        plans = plan_from_models(work, raw, tuned, encoding)
 
-        def job(name: str, plan: Plan) -> None:
-            sums = diff_tensor(work, plan, name, tuned, writer, name in floats, verify)
+        def subtract(name: str, plan: Plan) -> None:
+            sums = diff_tensor(work, plan, name, tuned, writer, verify)
             base = raw.tensors.get(plan.raw_name)
-            described = base and {
-                "name": plan.raw_name,
-                "dtype": base.dtype,
-                "shape": base.shape,
-                "sha256": sums["raw"],
-            }
             entries[name] = {
-                **{"dtype": types[name], "shape": plan.shape, "sha256": sums["diff"], "mean_rows": plan.mean_rows},
-                "raw": described,
+                **{"dtype": plan.diff_dtype, "shape": plan.shape, "sha256": sums["diff"], "mean_rows": plan.mean_rows},
+                "raw": base
+                and {"name": plan.raw_name, "dtype": base.dtype, "shape": base.shape, "sha256": sums["raw"]},
                 "tuned": {"dtype": plan.dtype, "sha256": sums["tuned"], "recovered_sha256": sums["recovered"]},
             }
 
-        writer = ShardWriter({name: (types[name], plan.shape) for name, plan in plans.items()}, shard_bytes)
-        with files.new_directory(output, writer.total_bytes) as staging:
-            for path in files.carried_files(tuned.directory):
-                files.copy_file(path, staging)
-            jobs = [functools.partial(job, name, plan) for name, plan in plans.items()]
+        writer = output.ShardWriter({name: (plan.diff_dtype, plan.shape) for name, plan in plans.items()}, shard_bytes)
+        with output.new_directory(directory, writer.total_bytes) as staging:
+            for path in carried_files(tuned.directory):
+                copy_file(path, staging)
+            jobs = [functools.partial(subtract, name, plan) for name, plan in plans.items()]
             with writer.open(staging):
                 work.run("difference", jobs, sum(tuned.tensors[name].bytes for name in plans))
             write_manifest(staging, "diff", encoding, entries, writer)
-    inexact = [e for e in entries.values() if e["tuned"]["recovered_sha256"] != e["tuned"]["sha256"]]
+    inexact = sum(entry["tuned"]["recovered_sha256"] != entry["tuned"]["sha256"] for entry in entries.values())
     if inexact:
-        say(
-            f"note: {len(inexact)} of {len(entries)} tensors will not come back bit for bit; --encoding exact does that"
-        )
-    say(f"wrote {output}: {work.summary(writer.total_bytes)}")
+        say(f"note: {inexact} of {len(entries)} tensors will not come back bit for bit; --encoding exact does that")
+    say(f"wrote {directory}: {work.summary(writer.total_bytes)}")
 
 
 def recover(
@@ -166,9 +137,9 @@ def recover(
         raise ExpectedError("--path_tuned is needed: the directory for the recovered model", ExitCode.USAGE)
     if dtype is not None and dtype not in DTYPES:
         raise ExpectedError(f"--dtype {dtype}: one of {', '.join(DTYPES)} expected", ExitCode.USAGE)
-    shard_bytes = files.shard_bytes(max_shard_size)
-    inputs = {flag: files.local_directory(p, flag) for flag, p in (("path_raw", path_raw), ("path_diff", path_diff))}
-    output = files.check_output(path_tuned, "path_tuned", inputs, overwrite)
+    shard_bytes = output.shard_bytes(max_shard_size)
+    inputs = {"path_raw": local_directory(path_raw, "path_raw"), "path_diff": local_directory(path_diff, "path_diff")}
+    directory = output.check_output(path_tuned, "path_tuned", inputs, overwrite)
     work = Work()
     with Checkpoint(inputs["path_raw"]) as raw, Checkpoint(inputs["path_diff"]) as diff:
         refuse_diff(raw, "path_raw")
@@ -177,49 +148,42 @@ def recover(
             with well_formed(diff.directory):
                 plans, sums = plan_from_manifest(raw, diff, manifest)
                 promised = {name: entry["tuned"]["recovered_sha256"] for name, entry in manifest["tensors"].items()}
-            types = {name: plan.dtype for name, plan in plans.items()}
-            if dtype and {DTYPES[dtype]} != set(types.values()) & FLOATS:
+            if dtype and {DTYPES[dtype]} != {plan.dtype for plan in plans.values()} & FLOATS:
                 raise ExpectedError(f"--dtype {dtype}: {MANIFEST} knows the type; leave --dtype out", ExitCode.USAGE)
         else:
-            plans, sums, promised = plan_tensors(work, raw, diff, "float32", is_diff=True), [], {}
-            prepare_2023(raw, diff, plans)
-            types = dict.fromkeys(plans, DTYPES[dtype or "float32"])
-        encoding = manifest["encoding"] if manifest else "float32"
-        release = not manifest and is_alpaca_7b(diff, plans)
+            plans, sums, promised = plan_from_bare_diff(work, raw, diff, DTYPES[dtype or "float32"]), [], {}
+        release = not manifest and alpaca_7b.is_alpaca_7b(diff, plans)
         if not sums and not release:
             say(f"warning: {diff.directory} has no sha256 sums: there is nothing to check the weights against")
-        sums_of_2023: dict[str, Any] | None = {} if release and check_integrity_naively else None
+        check_sum, float32_sums = release and check_integrity_naively, {}
 
-        def job(name: str, plan: Plan) -> None:
-            as_float32 = encoding == "float32" and plan.dtype in FLOATS
-            pieces = recover_tensor(work, plan, name, diff, writer, as_float32, types[name])
-            if sums_of_2023 is None:
-                collections.deque(pieces, maxlen=0)
-            else:
-                sums_of_2023[name] = sum_of_2023(list(pieces), plan.shape)
+        def add(name: str, plan: Plan) -> None:
+            unrounded = np.empty(plan.elements, np.float32) if check_sum else None
+            recover_tensor(work, plan, name, diff, writer, unrounded)
+            if check_sum:
+                float32_sums[name] = alpaca_7b.float32_sum(unrounded, plan.shape)
 
-        writer = ShardWriter({name: (types[name], plan.shape) for name, plan in plans.items()}, shard_bytes)
-        with files.new_directory(output, writer.total_bytes) as staging:
+        writer = output.ShardWriter({name: (plan.dtype, plan.shape) for name, plan in plans.items()}, shard_bytes)
+        with output.new_directory(directory, writer.total_bytes) as staging:
             if verify:
                 check_archives(work, [raw, diff])
                 check_hashes(work, "base and diff", sums)
-            for path in files.carried_files(diff.directory):
+            for path in carried_files(diff.directory):
                 if not manifest and path.name == "config.json":
                     write_config(diff.config, dtype or "float32", staging)
                 elif not manifest or path.name in manifest["files"]:
-                    files.copy_file(path, staging)
-            jobs = [functools.partial(job, name, plan) for name, plan in plans.items()]
-            threads = THREADS if sums_of_2023 is None else 1  # torch's sum wants whole tensors: one at a time
-            with writer.open(staging):
-                work.run("recover", jobs, writer.total_bytes, threads)
-            if sums_of_2023 is not None:
-                check_sum_of_2023(raw, diff, sums_of_2023)
+                    copy_file(path, staging)
+            jobs = [functools.partial(add, name, plan) for name, plan in plans.items()]
+            with writer.open(staging):  # torch's sum wants whole tensors: one at a time
+                work.run("recover", jobs, writer.total_bytes, threads=1 if check_sum else THREADS)
+            if check_sum:
+                alpaca_7b.check_sum(raw, diff, float32_sums)
             written = check_written(work, staging, plans, promised) if verify else {}
-            entries = {n: {"dtype": types[n], "shape": p.shape, "sha256": written.get(n)} for n, p in plans.items()}
-            write_manifest(staging, "model", encoding, entries, writer)
-    say(f"wrote {output}: {work.summary(writer.total_bytes)}")
+            entries = {n: {"dtype": p.dtype, "shape": p.shape, "sha256": written.get(n)} for n, p in plans.items()}
+            write_manifest(staging, "model", manifest["encoding"] if manifest else "float32", entries, writer)
+    say(f"wrote {directory}: {work.summary(writer.total_bytes)}")
     if test_inference:
-        ask(output, device)
+        ask(directory, device)
 
 
 def check_written(
@@ -275,14 +239,14 @@ def verify(path: str) -> None:
     Args:
         path: a directory that make_diff or recover wrote, or a Hub id.
     """
-    with Checkpoint(files.local_directory(path, "path")) as checkpoint, well_formed(checkpoint.directory):
+    with Checkpoint(local_directory(path, "path")) as checkpoint, well_formed(checkpoint.directory):
         manifest = read_manifest(checkpoint.directory)
         if manifest is None:
-            raise files.bad_data(f"{checkpoint.directory}: no {MANIFEST}, so there is nothing to check against")
+            raise bad_data(f"{checkpoint.directory}: no {MANIFEST}, so there is nothing to check against")
         check_against_manifest(checkpoint, manifest)
         sums = {name: entry["sha256"] for name, entry in manifest["tensors"].items()}
         if None in sums.values():
-            raise files.bad_data(f"{checkpoint.directory}: written with --verify False, without sha256 sums to check")
+            raise bad_data(f"{checkpoint.directory}: written with --verify False, without sha256 sums to check")
         check_hashes(Work(), "verify", [(checkpoint, name, digest, "damaged") for name, digest in sums.items()])
     say(f"{path}: all {len(sums)} tensors are as they were written")
 

@@ -6,14 +6,13 @@ difference of 2023 between float32 values. Everything works on pieces (stretches
 
 import hashlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from alpaca.weights.files import DTYPE_BYTES, Checkpoint, ShardWriter, word_type
-from alpaca.weights.manifest import CHUNK, Work
+from alpaca.weights.files import DTYPE_BYTES, Checkpoint, bad_data, word_type
+from alpaca.weights.output import ShardWriter
+from alpaca.weights.work import Work, pieces_of
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
 
@@ -41,37 +40,33 @@ def from_float32(values: np.ndarray, dtype: str) -> np.ndarray:
         return values.astype({"F16": np.float16, "F64": np.float64}[dtype]).view(word_type(dtype))
 
 
-def mean_of_rows(checkpoint: Checkpoint, name: str) -> np.ndarray:
-    """Mean over dimension 0 in float32, added in the order of torch's `mean(dim=0)`, so with the bits of 2023.
-
-    torch adds rows to level 0; every 2^p rows (p = max(4, log2(rows) / 4)) level 0 flows into level 1, and so on to 3.
-    Here the order is fixed, whatever the number of threads.
-    """
+def read_float32(checkpoint: Checkpoint, name: str) -> np.ndarray:
+    """A whole tensor, flat, as float32."""
     tensor = checkpoint.tensors[name]
-    count, row = tensor.shape[0], tensor.elements // tensor.shape[0]
-    power = max(4, (count - 1).bit_length() // 4)
-    levels = np.zeros((4, row), np.float32)
-    for start in range(0, count, max(1, CHUNK // row)):
-        stop = min(count, start + max(1, CHUNK // row))
-        block = to_float32(checkpoint.read(name, start * row, stop * row), tensor.dtype).reshape(-1, row)
-        for rows_done, values in enumerate(block, start + 1):
-            levels[0] += values
-            for level in range(1, 4):
-                if rows_done % (1 << (level * power)):
-                    break
-                levels[level] += levels[level - 1]
-                levels[level - 1] = 0
-    for level in range(1, 4):
-        levels[0] += levels[level]
-    return levels[0] / np.float32(count)
+    values = np.empty(tensor.elements, np.float32)
+    for start, stop in pieces_of(tensor.elements):
+        values[start:stop] = to_float32(checkpoint.read(name, start, stop), tensor.dtype)
+    return values
 
 
-def rotary_buffer(config: dict[str, Any]) -> np.ndarray:
+def mean_of_rows(checkpoint: Checkpoint, name: str) -> np.ndarray:
+    """Mean over dimension 0 in float32, by torch, whose order of additions decides the last bits of a diff of 2023."""
+    import torch
+
+    values = torch.from_numpy(read_float32(checkpoint, name))
+    return values.view(checkpoint.tensors[name].shape[0], -1).mean(dim=0).numpy()
+
+
+def rotary_buffer(checkpoint: Checkpoint) -> np.ndarray:
     """inv_freq = 1 / θ^(2i/d), float32 (Su et al. 2021, section 3.2.2): models of 2023 computed and saved it."""
-    size = config["hidden_size"] // config["num_attention_heads"]
-    exponents = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
-    powers = float(config.get("rope_theta", 10000)) ** exponents.astype(np.float64)  # rounded, it is torch's power
-    return np.float32(1) / powers.astype(np.float32)
+    config = checkpoint.config
+    try:
+        size = config["hidden_size"] // config["num_attention_heads"]
+        exponents = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
+        powers = float(config.get("rope_theta", 10000)) ** exponents.astype(np.float64)  # rounded, it is torch's power
+        return np.float32(1) / powers.astype(np.float32)
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise bad_data(f"{checkpoint.directory / 'config.json'}: no attention heads to compute ({error!r})")
 
 
 @dataclass
@@ -82,8 +77,9 @@ class Plan:
     differences from the mean row of the base.
     """
 
-    dtype: str  # of the tuned tensor; without a manifest, of the diff
+    dtype: str  # of the tuned tensor
     shape: tuple[int, ...]
+    as_float32: bool  # the difference is taken between float32 values, not between words
     raw: Checkpoint
     raw_name: str | None = None  # None: the base lacks the tensor
     mean_rows: bool = False
@@ -94,20 +90,23 @@ class Plan:
     def elements(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def diff_dtype(self) -> str:
+        """An exact difference is no number: it is stored with an integer type of the same width."""
+        return "F32" if self.as_float32 else f"I{8 * DTYPE_BYTES[self.dtype]}"
+
     def read_base(self, start: int, stop: int) -> np.ndarray | None:
         """The base's words under elements [start, stop), where it has any."""
         stop = min(stop, self.raw.tensors[self.raw_name].elements) if self.raw_name else 0
         return self.raw.read(self.raw_name, start, stop) if start < stop else None
 
     def base_words(self, words: np.ndarray | None, start: int, stop: int) -> np.ndarray:
-        """What the exact difference is taken from: words of the base cast to the tuned type, or zeros."""
-        if words is not None and self.raw.tensors[self.raw_name].dtype != self.dtype:
-            words = from_float32(to_float32(words, self.raw.tensors[self.raw_name].dtype), self.dtype)
-        if words is not None and len(words) == stop - start:
-            return words
+        """What the exact difference is taken from: words of the base cast to the tuned type, then zeros."""
         base = np.zeros(stop - start, word_type(self.dtype))
         if words is not None:
-            base[: len(words)] = words
+            raw_dtype = self.raw.tensors[self.raw_name].dtype
+            same = raw_dtype == self.dtype
+            base[: len(words)] = words if same else from_float32(to_float32(words, raw_dtype), self.dtype)
         return base
 
     def base_float32(self, words: np.ndarray | None, start: int, stop: int) -> np.ndarray:
@@ -123,8 +122,8 @@ class Plan:
 
 
 def diff_tensor(
-    work: Work, plan: Plan, name: str, tuned: Checkpoint, writer: ShardWriter, as_float32: bool, verify: bool
-):
+    work: Work, plan: Plan, name: str, tuned: Checkpoint, writer: ShardWriter, verify: bool
+) -> dict[str, str | None]:
     """Stream one tensor: tuned − base → the diff's shard. Returns sha256 sums of raw, diff, tuned and recovered."""
     hashes = {role: hashlib.sha256() for role in ("raw", "diff", "tuned", "recovered")}
     if plan.mean_rows:
@@ -132,35 +131,38 @@ def diff_tensor(
     for start, stop in work.pieces(plan.elements, DTYPE_BYTES[plan.dtype]):
         base, words = plan.read_base(start, stop), tuned.read(name, start, stop)
         pieces = {"raw": base, "tuned": words}
-        if as_float32:
+        if plan.as_float32:
             values = plan.base_float32(base, start, stop)
             with np.errstate(all="ignore"):  # infinities and NaNs of a broken model stay what they are
-                difference = to_float32(words, plan.dtype) - values
-                pieces["recovered"] = from_float32(values + difference, plan.dtype)  # not always the tuned bits
+                pieces["diff"] = to_float32(words, plan.dtype) - values
+                pieces["recovered"] = from_float32(values + pieces["diff"], plan.dtype)  # not always the tuned bits
         else:
-            difference = words - plan.base_words(base, start, stop)
-        writer.write(name, start, difference)
-        pieces["diff"] = difference
+            pieces["diff"] = words - plan.base_words(base, start, stop)
+        writer.write(name, start, pieces["diff"])
         for role, piece in pieces.items():
             if verify and piece is not None:
                 work.hash(hashes[role], piece)
-    if not as_float32:
+    if not plan.as_float32:
         hashes["recovered"] = hashes["tuned"]
     return {role: digest.hexdigest() if verify else None for role, digest in hashes.items()}
 
 
 def recover_tensor(
-    work: Work, plan: Plan, name: str, diff: Checkpoint, writer: ShardWriter, as_float32: bool, dtype: str
-) -> Iterator[np.ndarray]:
-    """Stream one tensor: base + diff → the recovered model's shard, as `dtype`. Yields its float32 pieces, if any."""
+    work: Work, plan: Plan, name: str, diff: Checkpoint, writer: ShardWriter, unrounded: np.ndarray | None = None
+) -> None:
+    """Stream one tensor: base + diff → the recovered model's shard.
+
+    unrounded: a float32 array (plan.elements,) that takes the values as they are before the cast to `plan.dtype`.
+    """
     if plan.mean_rows:
         plan.mean = mean_of_rows(plan.raw, plan.raw_name)
-    for start, stop in work.pieces(plan.elements, DTYPE_BYTES[dtype]):
+    for start, stop in work.pieces(plan.elements, DTYPE_BYTES[plan.dtype]):
         base, words = plan.read_base(start, stop), diff.read(name, start, stop)
-        if as_float32:
+        if plan.as_float32:
             with np.errstate(all="ignore"):
                 values = plan.base_float32(base, start, stop) + to_float32(words, diff.tensors[name].dtype)
-            writer.write(name, start, from_float32(values, dtype))
-            yield values
+            writer.write(name, start, from_float32(values, plan.dtype))
+            if unrounded is not None:
+                unrounded[start:stop] = values
         else:
             writer.write(name, start, plan.base_words(base, start, stop) + words)

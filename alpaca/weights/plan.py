@@ -1,30 +1,18 @@
 """Which tensor of a tuned model, or of a diff, belongs to which tensor of the base."""
 
-import math
-from typing import Any
+from collections.abc import Iterable
 
 import numpy as np
 
-from alpaca.weights import files
-from alpaca.weights.arithmetic import FLOATS, Plan, rotary_buffer, to_float32
-from alpaca.weights.files import DTYPE_BYTES, Checkpoint
-from alpaca.weights.manifest import Work, check_against_manifest, mismatch, read_manifest, say, tensor_hashes
+from alpaca.weights.arithmetic import FLOATS, Plan, read_float32, rotary_buffer
+from alpaca.weights.files import Checkpoint, Tensor, mismatch
+from alpaca.weights.manifest import check_against_manifest, read_manifest
+from alpaca.weights.work import Work, say, tensor_hashes
 
 ENCODINGS = ("exact", "float32")
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # what --dtype takes
-# The config of the 2023 release, and the float32 sum over its recovered weights.
-ALPACA_7B = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "vocab_size": 32001,
-}
-ALPACA_7B_SUM = 50637.1836
 
-
-# Which tensor belongs to which
+# ---------------------------------------------------------------------------------------------------------------------
+# Names, types and shapes
 
 
 def is_rotary(name: str) -> bool:
@@ -39,16 +27,40 @@ def is_tied(checkpoint: Checkpoint) -> bool:
     return checkpoint.config.get("tie_word_embeddings") is True
 
 
-def find_in_base(name: str, names: Any) -> str | None:
+def embedding_of(names: Iterable[str]) -> str | None:
+    return next((name for name in names if name.endswith("embed_tokens.weight")), None)
+
+
+def find_in_base(name: str, names: Iterable[str]) -> str | None:
     """The base's name for a tensor: a bare model lacks the prefix `model.` of one with a head, or the other way."""
     return next((n for n in (name, name.removeprefix("model."), f"model.{name}") if n in names), None)
 
 
-def embedding_of(names: Any) -> str | None:
-    return next((name for name in names if name.endswith("embed_tokens.weight")), None)
+def tied_embedding(name: str, raw: Checkpoint) -> str | None:
+    """What 2023 subtracted from a head where the base ties its own to the embedding."""
+    return embedding_of(raw.tensors) if is_head(name) and is_tied(raw) else None
 
 
-def same_family(raw: Checkpoint, other: Checkpoint) -> None:
+def untied_names(raw: Checkpoint) -> list[str]:
+    return [name for name in raw.tensors if not (is_tied(raw) and is_head(name))]
+
+
+def has_new_rows(tensor: Tensor, base: Tensor, other: Checkpoint) -> bool:
+    """Is this the base's tensor for a larger vocabulary, the one that the config of `other` names?"""
+    configs = [config for config in (other.config, other.config.get("text_config")) if isinstance(config, dict)]
+    more_rows = tensor.shape[:1] > base.shape[:1] > (0,) and tensor.shape[1:] == base.shape[1:]
+    return more_rows and tensor.shape[0] in [config.get("vocab_size") for config in configs]
+
+
+def describe(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)} in {tensor.file}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What does not fit
+
+
+def refuse_other_family(raw: Checkpoint, other: Checkpoint) -> None:
     types = [checkpoint.config.get("model_type") for checkpoint in (raw, other)]
     if None not in types and types[0] != types[1]:
         raise mismatch(f"{raw.directory} is a {types[0]!r} model, {other.directory} a {types[1]!r}; give its own base")
@@ -60,80 +72,131 @@ def refuse_diff(checkpoint: Checkpoint, flag: str) -> None:
         raise mismatch(f"--{flag} {checkpoint.directory}: a weight diff, not a model; are two arguments swapped?")
 
 
-def stored_twice(work: Work, checkpoint: Checkpoint) -> str | None:
-    """The output head, where the config ties it to the embedding and the two are stored with the same bytes."""
-    head, embedding = next(filter(is_head, checkpoint.tensors), None), embedding_of(checkpoint.tensors)
-    if not is_tied(checkpoint) or not head or not embedding:
-        return None
-    hashes = tensor_hashes(work, "tied weights", [(checkpoint, head), (checkpoint, embedding)])
-    return head if hashes[0] == hashes[1] else None
+def fits(tensor: Tensor, base: Tensor, grown: bool) -> bool:
+    same_kind = base.dtype == tensor.dtype or {base.dtype, tensor.dtype} <= FLOATS
+    return same_kind and (base.shape == tensor.shape or grown)
 
 
-def plan_tensors(work: Work, raw: Checkpoint, other: Checkpoint, encoding: str, is_diff: bool) -> dict[str, Plan]:
-    """Pair the tensors of a tuned model, or of a diff without a manifest, with those of the base.
-
-    Raises (integrity) with the full list of what does not fit.
-    """
-    same_family(raw, other)
-    configs = [config for config in (other.config, other.config.get("text_config")) if isinstance(config, dict)]
-    vocabularies = [config.get("vocab_size") for config in configs]
-    raw_names = [name for name in raw.tensors if not (is_tied(raw) and is_head(name))]
-    twice = stored_twice(work, other)
-    if twice:
-        say(f"note: {twice} is tied to the embedding and stored twice in {other.directory}; kept once")
-    plans, used, lacking, problems = {}, set(), [], []
-    for name, tensor in other.tensors.items():
-        if name == twice:
-            continue
-        plan = plans[name] = Plan(tensor.dtype, tensor.shape, raw)
-        if is_rotary(name) and not is_diff:
-            continue  # stored whole, because today's bases lack these buffers
-        raw_name = find_in_base(name, raw_names)
-        if raw_name is None and is_head(name) and is_tied(raw) and encoding == "float32":
-            raw_name = embedding_of(raw_names)  # 2023 subtracted the base's tied head
-        if raw_name is None:
-            lacking += [] if is_rotary(name) else [name]
-            continue
-        used.add(raw_name)
-        base = raw.tensors[raw_name]
-        more_rows = 0 < math.prod(base.shape[:1]) < math.prod(tensor.shape[:1]) and base.shape[1:] == tensor.shape[1:]
-        grown = more_rows and tensor.shape[0] in vocabularies
-        wrong_type = base.dtype != tensor.dtype and not {base.dtype, tensor.dtype} <= FLOATS
-        if wrong_type or (base.shape != tensor.shape and not grown) or (is_diff and tensor.dtype not in FLOATS):
-            ours, theirs = (f"{t.dtype} {list(t.shape)} in {t.file}" for t in (tensor, base))
-            problems.append(f"{name}: {ours}, {theirs}")
-        plan.raw_name, plan.mean_rows = raw_name, grown and encoding == "float32" and tensor.dtype in FLOATS
-    for name in set(raw_names) - used:
+def refuse_misfits(raw: Checkpoint, other: Checkpoint, plans: dict[str, Plan], problems: list[str]) -> None:
+    """Raises (integrity) with `problems` and with the tensors of the base that nothing belongs to."""
+    used = {plan.raw_name for plan in plans.values()}
+    for name in untied_names(raw):
         needless_head = is_head(name) and other.config.get("tie_word_embeddings") is not False
-        if not is_rotary(name) and not needless_head:
+        if name not in used and not is_rotary(name) and not needless_head:
             problems.append(f"{name}: in {raw.tensors[name].file} only")
-    if is_diff or not used:
-        problems += [f"{name}: in {other.tensors[name].file} only" for name in lacking]
     if problems:
         raise mismatch(f"{raw.directory} does not fit {other.directory}; wrong base? {'; '.join(sorted(problems))}")
+
+
+def note_differences(raw: Checkpoint, other: Checkpoint, plans: dict[str, Plan]) -> None:
     if any(plan.raw_name not in (None, name) and not is_head(name) for name, plan in plans.items()):
         say("note: tensor names differ by the prefix `model.`; matched without it")
     rotary = [str(checkpoint.directory) for checkpoint in (raw, other) if any(map(is_rotary, checkpoint.tensors))]
     if rotary:
         say(f"note: {' and '.join(rotary)}: rotary_emb.inv_freq buffers of an older checkpoint; harmless")
+
+
+def tensors_kept(work: Work, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """All but the output head, where the config ties it to the embedding and both are stored with the same bytes."""
+    head, embedding = next(filter(is_head, checkpoint.tensors), None), embedding_of(checkpoint.tensors)
+    if is_tied(checkpoint) and head and embedding:
+        hashes = tensor_hashes(work, "tied weights", [(checkpoint, head), (checkpoint, embedding)])
+        if hashes[0] == hashes[1]:
+            say(f"note: {head} is tied to the embedding and stored twice in {checkpoint.directory}; kept once")
+            return {name: tensor for name, tensor in checkpoint.tensors.items() if name != head}
+    return checkpoint.tensors
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The three ways to a plan
+
+
+def plan_from_models(work: Work, raw: Checkpoint, tuned: Checkpoint, encoding: str) -> dict[str, Plan]:
+    """Pair the tensors of a tuned model with those of its base; what the base lacks is stored whole.
+
+    Raises (integrity) with the full list of what does not fit.
+    """
+    refuse_other_family(raw, tuned)
+    raw_names = untied_names(raw)
+    plans, lacking, problems = {}, [], []
+    for name, tensor in tensors_kept(work, tuned).items():
+        as_float32 = encoding == "float32" and tensor.dtype in FLOATS
+        plan = plans[name] = Plan(tensor.dtype, tensor.shape, as_float32, raw)
+        if is_rotary(name):
+            continue  # stored whole, because today's bases lack these buffers
+        plan.raw_name = find_in_base(name, raw_names) or (tied_embedding(name, raw) if encoding == "float32" else None)
+        if plan.raw_name is None:
+            lacking.append(name)
+            continue
+        base = raw.tensors[plan.raw_name]
+        grown = has_new_rows(tensor, base, tuned)
+        plan.mean_rows = grown and as_float32
+        if not fits(tensor, base, grown):
+            problems.append(f"{name}: {describe(tensor)}, {describe(base)}")
+    if all(plan.raw_name is None for plan in plans.values()):
+        problems += [f"{name}: in {tuned.tensors[name].file} only" for name in lacking]
+    refuse_misfits(raw, tuned, plans, problems)
+    note_differences(raw, tuned, plans)
     if lacking:
         say(f"note: the base lacks {', '.join(lacking)}; stored whole")
     return plans
 
 
-def plan_from_manifest(raw: Checkpoint, diff: Checkpoint, manifest: dict[str, Any]) -> tuple[dict[str, Plan], list]:
+def plan_from_bare_diff(work: Work, raw: Checkpoint, diff: Checkpoint, dtype: str) -> dict[str, Plan]:
+    """Pair the tensors of a diff without a manifest, float32 tuned − raw, with those of the base.
+
+    dtype: of the recovered tensors. Raises (integrity) with the full list of what does not fit.
+    """
+    refuse_other_family(raw, diff)
+    raw_names = untied_names(raw)
+    plans, problems = {}, []
+    for name, tensor in tensors_kept(work, diff).items():
+        plan = plans[name] = Plan(dtype, tensor.shape, True, raw)
+        plan.raw_name = find_in_base(name, raw_names) or tied_embedding(name, raw)
+        if plan.raw_name is None and is_rotary(name):
+            plan.computed = rotary_buffer(diff)
+            if plan.computed.shape != plan.shape:
+                problems.append(f"{name}: {describe(tensor)}, not as its config.json says")
+        elif plan.raw_name is None:
+            problems.append(f"{name}: in {tensor.file} only")
+        else:
+            base = raw.tensors[plan.raw_name]
+            plan.mean_rows = grown = has_new_rows(tensor, base, diff)
+            if tensor.dtype not in FLOATS or not fits(tensor, base, grown):
+                problems.append(f"{name}: {describe(tensor)}, {describe(base)}")
+    refuse_misfits(raw, diff, plans, problems)
+    note_differences(raw, diff, plans)
+    if is_tied(diff):
+        say("warning: 2023 code subtracted tied weights twice; its diffs of such models are not recovered right")
+    refuse_swapped(raw, diff, plans)
+    return plans
+
+
+def refuse_swapped(raw: Checkpoint, diff: Checkpoint, plans: dict[str, Plan]) -> None:
+    """Vectors (norms) are near 1 in a model and near 0 in a diff; stop if they are larger in the diff."""
+    pairs = [(plan.raw_name, name) for name, plan in plans.items() if len(plan.shape) == 1 and not is_rotary(name)]
+    sizes = {
+        checkpoint: sum(float(np.abs(read_float32(checkpoint, name)).sum(dtype=np.float64)) for name in names)
+        for checkpoint, names in ((raw, [pair[0] for pair in pairs]), (diff, [pair[1] for pair in pairs]))
+    }
+    if sizes[diff] > 2 * sizes[raw]:
+        raise mismatch(f"{diff.directory}: larger numbers than in {raw.directory}; are the two arguments swapped?")
+    if sizes[diff] > sizes[raw] / 2:
+        say(f"warning: {diff.directory}: numbers as large as the base's; is this a diff?")
+
+
+def plan_from_manifest(raw: Checkpoint, diff: Checkpoint, manifest: dict) -> tuple[dict[str, Plan], list]:
     """Plans by tensor, and what `check_hashes` needs for base and diff (nothing if the diff was made unverified)."""
     if manifest["kind"] != "diff" or manifest["encoding"] not in ENCODINGS:
         raise mismatch(f"--path_diff {diff.directory}: holds a model, not a diff; are two arguments swapped?")
-    same_family(raw, diff)
+    refuse_other_family(raw, diff)
     check_against_manifest(diff, manifest)
     plans, sums, problems = {}, [], []
     for name, entry in manifest["tensors"].items():
         base, dtype = entry["raw"], entry["tuned"]["dtype"]
-        mean_rows = base is not None and entry["mean_rows"] is True
-        plan = plans[name] = Plan(dtype, tuple(entry["shape"]), raw, mean_rows=mean_rows)
-        is_float = manifest["encoding"] == "float32" and dtype in FLOATS
-        if entry["dtype"] != ("F32" if is_float else f"I{8 * DTYPE_BYTES[dtype]}"):
+        as_float32 = manifest["encoding"] == "float32" and dtype in FLOATS
+        plan = plans[name] = Plan(dtype, tuple(entry["shape"]), as_float32, raw)
+        if entry["dtype"] != plan.diff_dtype:
             raise ValueError(f"type of {name}")
         sums.append((diff, name, entry["sha256"], "damaged diff"))
         if base is None:
@@ -143,89 +206,14 @@ def plan_from_manifest(raw: Checkpoint, diff: Checkpoint, manifest: dict[str, An
             plan.raw_name = embedding_of(raw.tensors)  # this copy of the base stores its tied head once
         there = raw.tensors.get(plan.raw_name)
         if there is None or (there.dtype, list(there.shape)) != (base["dtype"], base["shape"]):
-            found = f"{there.dtype} {list(there.shape)} in {there.file}" if there else "missing"
+            found = describe(there) if there else "missing"
             problems.append(f"{base['name']}: {base['dtype']} {base['shape']} expected, {found}")
             continue
-        fits = there.shape[1:] == plan.shape[1:] and there.elements <= plan.elements
-        if not fits or (plan.mean_rows and there.elements == 0):
+        plan.mean_rows = entry["mean_rows"] is True
+        fitting = there.shape[1:] == plan.shape[1:] and there.elements <= plan.elements
+        if not fitting or (plan.mean_rows and there.elements == 0):
             raise ValueError(f"shape of {name}")
         sums.append((raw, plan.raw_name, base["sha256"], "wrong or damaged base"))
     if problems:
         raise mismatch(f"{raw.directory} is not the base of {diff.directory}: {'; '.join(problems)}")
     return plans, [entry for entry in sums if entry[2] is not None]
-
-
-# Diffs without a manifest: what 2023 did
-
-
-def rotary_of(diff: Checkpoint) -> np.ndarray:
-    try:
-        return rotary_buffer(diff.config)
-    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
-        raise files.bad_data(f"{diff.directory / 'config.json'}: no attention heads to compute ({error!r})")
-
-
-def prepare_2023(raw: Checkpoint, diff: Checkpoint, plans: dict[str, Plan]) -> None:
-    """Compute buffers that only the diff has, and stop if the diff is larger than what it is added to."""
-    for name, plan in plans.items():
-        if is_rotary(name) and plan.raw_name is None:
-            plan.computed = rotary_of(diff)
-            if plan.computed.shape != plan.shape:
-                raise mismatch(f"{name}: {list(plan.shape)} in {diff.tensors[name].file}, not as its config.json says")
-    if is_tied(diff):
-        say("warning: 2023 code subtracted tied weights twice; its diffs of such models are not recovered right")
-    sizes = {raw: 0.0, diff: 0.0}  # of vectors (norms): near 1 in a model, near 0 in a diff
-    for name, plan in plans.items():
-        if len(plan.shape) == 1 and plan.raw_name and not is_rotary(name):
-            for checkpoint, key in ((raw, plan.raw_name), (diff, name)):
-                tensor = checkpoint.tensors[key]
-                values = to_float32(checkpoint.read(key, 0, tensor.elements), tensor.dtype)
-                sizes[checkpoint] += float(np.abs(values).sum(dtype=np.float64))
-    if sizes[diff] > 2 * sizes[raw]:
-        raise mismatch(f"{diff.directory}: larger numbers than in {raw.directory}; are the two arguments swapped?")
-    if sizes[diff] > sizes[raw] / 2:
-        say(f"warning: {diff.directory}: numbers as large as the base's; is this a diff?")
-
-
-def is_alpaca_7b(diff: Checkpoint, plans: dict[str, Plan]) -> bool:
-    """The release of 2023? Told by its config and a vocabulary that grew by one row."""
-    same = all(diff.config.get(key) == value for key, value in ALPACA_7B.items())
-    grown = [plan for name, plan in plans.items() if plan.mean_rows and plan.shape[0] == ALPACA_7B["vocab_size"]]
-    return same and bool(grown) and all(p.raw.tensors[p.raw_name].shape[0] == p.shape[0] - 1 for p in grown)
-
-
-def sum_of_2023(pieces: list[np.ndarray], shape: tuple[int, ...]) -> Any:
-    """torch's float32 sum over a tensor."""
-    import torch
-
-    return torch.from_numpy(np.concatenate(pieces)).view(shape).sum()
-
-
-def check_sum_of_2023(raw: Checkpoint, diff: Checkpoint, sums: dict[str, Any]) -> None:
-    """Add the sums of all recovered tensors, as 2023 did, and compare with the published one.
-
-    In the order of the state dict of 2023, which held rotary buffers: the diff's, else the base's, else computed ones.
-    """
-    import torch
-
-    parts = [f"self_attn.{part}_proj.weight" for part in "qkvo"] + ["self_attn.rotary_emb.inv_freq"]
-    parts += [f"mlp.{part}_proj.weight" for part in ("gate", "down", "up")]
-    parts += ["input_layernorm.weight", "post_attention_layernorm.weight"]
-    layers = [f"model.layers.{layer}.{part}" for layer in range(diff.config["num_hidden_layers"]) for part in parts]
-    total = 0
-    for name in ["model.embed_tokens.weight", *layers, "model.norm.weight", "lm_head.weight"]:
-        if is_rotary(name) and name not in sums:
-            values, raw_name = rotary_of(diff), find_in_base(name, raw.tensors)
-            if raw_name and raw.tensors[raw_name].dtype in FLOATS:
-                tensor = raw.tensors[raw_name]
-                values = to_float32(raw.read(raw_name, 0, tensor.elements), tensor.dtype)
-            sums[name] = sum_of_2023([values], values.shape)
-        if name not in sums:
-            raise mismatch(f"{diff.directory}: {name} is missing from what should be Alpaca-7B")
-        total = total + sums[name]
-    if not torch.allclose(total, torch.full_like(total, ALPACA_7B_SUM), atol=1e-2, rtol=0):
-        raise mismatch(
-            f"{raw.directory} and {diff.directory} sum up to {float(total):.4f}, Alpaca-7B to {ALPACA_7B_SUM}: "
-            "wrong base, damaged files, or not that release (if you know it is not: --check_integrity_naively False)"
-        )
-    say("the weights sum up to Alpaca-7B's; this float32 sum does not see exchanged values, nor most flipped bits")

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import weight_diff
 from alpaca.common import ExitCode, ExpectedError
-from alpaca.weights import arithmetic, plan
+from alpaca.weights import alpaca_7b, arithmetic
 from alpaca.weights.files import Checkpoint
 from tests.weights.tiny_checkpoints import (
     ROOT,
@@ -168,8 +168,7 @@ def test_small_chunks_give_the_same_bytes(tmp_path, monkeypatch):
     save(tuned_from(raw, vocabulary=303), tmp_path / "tuned")
     results = []
     for chunk in (2**20, 7, 32):
-        monkeypatch.setattr("alpaca.weights.manifest.CHUNK", chunk)
-        monkeypatch.setattr("alpaca.weights.arithmetic.CHUNK", chunk)
+        monkeypatch.setattr("alpaca.weights.work.PIECE", chunk)
         for encoding in weight_diff.ENCODINGS:
             diff, out = tmp_path / f"{encoding}{chunk}", tmp_path / f"out_{encoding}{chunk}"
             make_diff(tmp_path / "raw", tmp_path / "tuned", diff, encoding=encoding)
@@ -402,8 +401,8 @@ def release(tmp_path, raw_has, diff_has, raw_bin):
 def pretend_release(monkeypatch, total):
     """The release's config and sum, at the size of these tests."""
     small = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 301}
-    monkeypatch.setattr(plan, "ALPACA_7B", small)
-    monkeypatch.setattr(plan, "ALPACA_7B_SUM", total)
+    monkeypatch.setattr(alpaca_7b, "CONFIG", small)
+    monkeypatch.setattr(alpaca_7b, "SUM", total)
 
 
 @pytest.mark.parametrize("raw_bin", [False, True], ids=["raw_safetensors", "raw_bin"])
