@@ -126,10 +126,6 @@ def sha256_of_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def is_whole_number(value: Any) -> bool:
-    return type(value) is int and value >= 0
-
-
 def read_header(path: Path) -> tuple[dict[str, Tensor], bytes]:
     """The tensors of a safetensors file, and the bytes before its data. Anything but a sound file raises.
 
@@ -142,9 +138,8 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], bytes]:
             raise bad_data(f"{path}: a Git LFS pointer instead of the weights; run `git lfs pull` there")
         length = int.from_bytes(start, "little")
         if len(start) < 8 or not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
-            raise bad_data(
-                f"{path}: a header of {length} bytes in a file of {size}: truncated or damaged; fetch it again"
-            )
+            problem = f"a header of {length} bytes in a file of {size}: truncated or damaged"
+            raise bad_data(f"{path}: {problem}; fetch it again")
         text = file.read(length)
     if not text.startswith(b"{"):
         raise bad_data(f"{path}: damaged header; fetch it again")
@@ -155,7 +150,6 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], bytes]:
         raise bad_data(f"{path}: damaged or foreign metadata in the header; fetch it again")
 
     tensors = {}
-    spans = []
     for name, entry in header.items():
         where = f"tensor {name if name.isprintable() else repr(name)} in {path}"
         if not name.isprintable() or not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
@@ -164,22 +158,19 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], bytes]:
         if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
             raise bad_data(f"{where}: unknown type {dtype!r}")
         lists = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
-        if not lists or not all(map(is_whole_number, shape + offsets)):
+        if not lists or any(type(n) is not int or n < 0 for n in shape + offsets):
             raise bad_data(f"{where}: damaged shape or offsets; fetch it again")
         begin, end = offsets
         tensors[name] = tensor = Tensor(dtype, tuple(shape), path, 8 + length + begin)
         if end - begin != tensor.bytes:
             raise bad_data(f"{where}: {end - begin} bytes for {dtype} {shape}; fetch it again")
-        spans.append((begin, end, name))
-    position = 0
-    for begin, end, name in sorted(spans):
-        if begin != position:
+    position = 8 + length
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].bytes)):
+        if tensor.offset != position:
             raise bad_data(f"tensor {name} in {path}: overlaps another or leaves a hole; fetch it again")
-        position = end
-    if 8 + length + position != size:
-        raise bad_data(
-            f"{path}: {size} bytes, its header says {8 + length + position}: truncated or damaged; fetch it again"
-        )
+        position += tensor.bytes
+    if position != size:
+        raise bad_data(f"{path}: {size} bytes, its header says {position}: truncated or damaged; fetch it again")
     return tensors, start + text
 
 
@@ -258,9 +249,8 @@ class Checkpoint:
             **{torch.bool: "BOOL"},
         }
         if not zipfile.is_zipfile(path):
-            raise bad_data(
-                f"{path}: truncated, or written by torch before 1.6; fetch it again, or re-save it with torch.save"
-            )
+            problem = "truncated, or written by torch before 1.6"
+            raise bad_data(f"{path}: {problem}; fetch it again, or re-save it with torch.save")
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # the unpickler raises whatever it meets in a damaged file

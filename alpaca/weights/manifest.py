@@ -30,15 +30,15 @@ def _render(body: dict[str, Any]) -> str:
     return json.dumps({**body, "manifest_sha256": digest}, indent=1, sort_keys=True) + "\n"
 
 
+def describe_file(path: Path, header: bytes | None) -> dict[str, Any]:
+    """Size and sha256; of a shard (`header` given) that of the header: its tensors have sums of their own."""
+    if header is None:
+        return {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
+    return {"bytes": path.stat().st_size, "header_sha256": hashlib.sha256(header).hexdigest()}
+
+
 def write_manifest(directory: Path, kind: str, encoding: str, tensors: dict[str, Any], writer: ShardWriter) -> None:
     """Describe all files of `directory`, and `tensors`. `kind`: "diff" or "model"."""
-    described: dict[str, Any] = {}
-    for name in sorted(os.listdir(directory)):
-        described[name] = {"bytes": (directory / name).stat().st_size}
-        if name in writer.headers:  # the rest of a shard is covered by the sums of its tensors
-            described[name]["header_sha256"] = hashlib.sha256(writer.headers[name]).hexdigest()
-        else:
-            described[name]["sha256"] = sha256_of_file(directory / name)
     versions = {"python": platform.python_version(), "numpy": np.__version__}
     if "torch" in sys.modules:
         versions["torch"] = sys.modules["torch"].__version__
@@ -48,7 +48,7 @@ def write_manifest(directory: Path, kind: str, encoding: str, tensors: dict[str,
         "encoding": encoding,
         "written_by": {"tool": "weight_diff.py", **versions},
         "tensors": tensors,
-        "files": described,
+        "files": {name: describe_file(directory / name, writer.headers.get(name)) for name in os.listdir(directory)},
     }
     with atomic_write(directory / MANIFEST) as file:
         file.write(_render(body))
@@ -81,15 +81,9 @@ def well_formed(directory: Path) -> Iterator[None]:
 def check_against_manifest(checkpoint: Checkpoint, manifest: dict[str, Any]) -> None:
     """Everything but the contents of tensors: files, sizes, headers, names, types and shapes."""
     directory = checkpoint.directory
-    for name, entry in manifest["files"].items():
+    for name, described in manifest["files"].items():
         path = file_inside(directory, name)
-        if path.stat().st_size != entry["bytes"]:
-            raise mismatch(f"{path}: {path.stat().st_size} bytes, {entry['bytes']} by {MANIFEST}; get a clean copy")
-        if name in checkpoint.headers:
-            sound = hashlib.sha256(checkpoint.headers[name]).hexdigest() == entry["header_sha256"]
-        else:
-            sound = sha256_of_file(path) == entry["sha256"]
-        if not sound:
+        if describe_file(path, checkpoint.headers.get(name)) != described:
             raise mismatch(f"{path}: changed or damaged since {MANIFEST} was written; get a clean copy")
     found = {name: (tensor.dtype, list(tensor.shape)) for name, tensor in checkpoint.tensors.items()}
     expected = {name: (entry["dtype"], entry["shape"]) for name, entry in manifest["tensors"].items()}

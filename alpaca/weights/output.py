@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -41,11 +42,10 @@ class ShardWriter:
 
     def __init__(self, tensors: dict[str, tuple[str, tuple[int, ...]]], max_shard_bytes: int):
         """tensors: name → (dtype, shape)."""
-        order = sorted(tensors, key=lambda name: (-DTYPE_BYTES[tensors[name][0]], natural_order(name)))
         sizes = {name: DTYPE_BYTES[dtype] * math.prod(shape) for name, (dtype, shape) in tensors.items()}
         shards: list[list[str]] = [[]]
-        filled = 0
-        for name in order:
+        filled = 0  # bytes of the last shard
+        for name in sorted(tensors, key=lambda name: (-DTYPE_BYTES[tensors[name][0]], natural_order(name))):
             if shards[-1] and filled + sizes[name] > max_shard_bytes:
                 shards.append([])
                 filled = 0
@@ -53,21 +53,20 @@ class ShardWriter:
             filled += sizes[name]
         self.headers: dict[str, bytes] = {}
         self.file_sizes: dict[str, int] = {}
-        self._places: dict[str, tuple[str, int]] = {}
+        self._places: dict[str, tuple[str, int]] = {}  # tensor → file, offset in it
         for number, names in enumerate(shards, 1):
             single = len(shards) == 1
             file = "model.safetensors" if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            ends = list(itertools.accumulate(map(sizes.get, names), initial=0))
             entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-            end = 0
-            for name in names:
-                begin, end = end, end + sizes[name]
+            for name, begin, end in zip(names, ends, ends[1:], strict=False):
                 entries[name] = {"dtype": tensors[name][0], "shape": tensors[name][1], "data_offsets": [begin, end]}
             text = json.dumps(entries, separators=(",", ":")).encode()
             text += b" " * (-len(text) % 8)
             self.headers[file] = len(text).to_bytes(8, "little") + text
-            self.file_sizes[file] = len(self.headers[file]) + end
-            for name in names:
-                self._places[name] = (file, len(self.headers[file]) + entries[name]["data_offsets"][0])
+            self.file_sizes[file] = len(self.headers[file]) + ends[-1]
+            for name, begin in zip(names, ends, strict=False):
+                self._places[name] = file, len(self.headers[file]) + begin
         self.index = {
             "metadata": {"total_size": sum(sizes.values())},
             "weight_map": {name: self._places[name][0] for name in sorted(tensors, key=natural_order)},
@@ -118,21 +117,18 @@ def check_output(path: Any, flag: str, inputs: dict[str, Path], overwrite: bool)
         raise ExpectedError(f"--{flag} {path}: exists and is no directory; choose another path", ExitCode.USAGE)
     found = sorted(os.listdir(output))
     if found and not overwrite:
-        raise ExpectedError(
-            f"--{flag} {path}: not empty; choose another directory or add --overwrite True", ExitCode.USAGE
-        )
+        problem = "not empty; choose another directory or add --overwrite True"
+        raise ExpectedError(f"--{flag} {path}: {problem}", ExitCode.USAGE)
     for name in found:  # the whole directory is replaced: never delete what is not a checkpoint's
         known = CARRIED_FILES.fullmatch(name) or WEIGHT_FILES.fullmatch(name) or name == "weight_diff.json"
         if not known or (output / name).is_dir():
-            raise ExpectedError(
-                f"--{flag} {path}: --overwrite True would delete {name}, which is no checkpoint file; move it away",
-                ExitCode.USAGE,
-            )
+            problem = f"--overwrite True would delete {name}, which is no checkpoint file; move it away"
+            raise ExpectedError(f"--{flag} {path}: {problem}", ExitCode.USAGE)
     return output
 
 
-def restore(replaced: Path, output: Path) -> None:
-    """Undo the first half of a replacement."""
+def undo_replacement(replaced: Path, output: Path) -> None:
+    """Killed or failed between two renames: the old directory goes back to its place."""
     if replaced.exists() and not output.exists():
         replaced.rename(output)
 
@@ -153,9 +149,8 @@ def new_directory(output: Path, needed: int) -> Iterator[Path]:
         staging.mkdir(exist_ok=True)
         lock = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError as error:
-        raise ExpectedError(
-            f"{output.parent}: cannot be written ({error.strerror}); choose another place", ExitCode.DISK
-        )
+        problem = f"cannot be written ({error.strerror}); choose another place"
+        raise ExpectedError(f"{output.parent}: {problem}", ExitCode.DISK)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -163,7 +158,7 @@ def new_directory(output: Path, needed: int) -> Iterator[Path]:
                 raise BlockingIOError  # another run finished between open and lock
         except (BlockingIOError, FileNotFoundError):
             raise ExpectedError(f"{output}: another run is writing it; wait for that run", ExitCode.LOCKED)
-        restore(replaced, output)  # killed between the two renames below
+        undo_replacement(replaced, output)
         shutil.rmtree(replaced, ignore_errors=True)
         for entry in staging.iterdir():
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
@@ -180,7 +175,7 @@ def new_directory(output: Path, needed: int) -> Iterator[Path]:
             sync_directory(output.parent)
             shutil.rmtree(replaced, ignore_errors=True)
         except BaseException:
-            restore(replaced, output)
+            undo_replacement(replaced, output)
             shutil.rmtree(staging, ignore_errors=True)
             raise
     except OSError as error:
