@@ -1,6 +1,6 @@
 """The release of 2023, whose weight diff has no manifest: recognised, and checked by the sum of its weights."""
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
@@ -8,9 +8,6 @@ from alpaca.weights.arithmetic import FLOATS, Plan, read_float32, rotary_buffer
 from alpaca.weights.files import Checkpoint, mismatch
 from alpaca.weights.plan import find_in_base, is_rotary
 from alpaca.weights.work import say
-
-if TYPE_CHECKING:
-    import torch
 
 CONFIG = {
     "model_type": "llama",
@@ -30,15 +27,15 @@ def is_alpaca_7b(diff: Checkpoint, plans: dict[str, Plan]) -> bool:
     return same and bool(grown) and all(p.raw.tensors[p.raw_name].shape[0] == p.shape[0] - 1 for p in grown)
 
 
-def float32_sum(values: np.ndarray, shape: tuple[int, ...]) -> "torch.Tensor":
+def float32_sum(values: np.ndarray, shape: tuple[int, ...]) -> Any:
     """torch's sum over a tensor: its order of additions is part of the published figure."""
     import torch
 
     return torch.from_numpy(values).view(shape).sum()
 
 
-def check_sum(raw: Checkpoint, diff: Checkpoint, sums: dict[str, "torch.Tensor"]) -> None:
-    """Add the sums of all recovered tensors (by name), as 2023 did, and compare with the published one.
+def check_sum(raw: Checkpoint, diff: Checkpoint, sums: dict[str, Any]) -> None:
+    """Add the sums of all recovered tensors (name → `float32_sum`), as 2023 did, and compare with the published one.
 
     In the order of the state dict of 2023, which held rotary buffers: the diff's, else the base's, else computed ones.
     """

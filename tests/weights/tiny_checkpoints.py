@@ -1,17 +1,25 @@
-"""Small random LLaMA checkpoints in every form that weight_diff reads, for its tests."""
+"""Small random LLaMA checkpoints in every form that weight_diff reads, and what its tests do with them."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import weight_diff
+from alpaca.common import ExitCode, ExpectedError
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "weight_diff.py"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+REFUSED = (ExitCode.DATA, ExitCode.INTEGRITY)
 WORD = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -131,3 +139,40 @@ def tree(path):
 def run(*arguments, **options):
     command = [sys.executable, str(SCRIPT), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
+
+
+def make_diff(raw, tuned, diff, **options):
+    weight_diff.make_diff(str(raw), str(tuned), str(diff), **options)
+
+
+def recover(raw, diff, out, **options):
+    weight_diff.recover(str(raw), str(diff), str(out), **{"test_inference": False, **options})
+
+
+def assert_refused(place, raw="raw", diff="diff", codes=REFUSED, names=(), **options):
+    """recover refuses with one of the codes, names what is wrong, and leaves no trace."""
+    before = sorted(os.listdir(place))
+    with pytest.raises(ExpectedError) as caught:
+        recover(place / raw, place / diff, place / "out", **options)
+    assert caught.value.exit_code in codes, caught.value
+    assert "\n" not in str(caught.value)
+    for name in names:
+        assert name in str(caught.value), caught.value
+    assert sorted(os.listdir(place)) == before
+    return str(caught.value)
+
+
+def edit(path, change):
+    """Load the tensors of one safetensors file, change them, and save them."""
+    state = load_file(path)
+    change(state)
+    save_file(state, path, metadata={"format": "pt"})
+
+
+def slow_exact_difference(raw, tuned):
+    """Python integers, an element at a time: (tuned bits − bits of raw cast to tuned's type) mod 2^width."""
+    width = 8 * tuned.element_size()
+    base = bits(raw.to(tuned.dtype)).flatten().tolist()
+    base += [0] * (tuned.numel() - len(base))
+    words = [(t - r) % 2**width for t, r in zip(bits(tuned).flatten().tolist(), base, strict=True)]
+    return np.array(words, dtype=f"uint{width}")
