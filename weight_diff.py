@@ -4,7 +4,7 @@
     python weight_diff.py recover --path_raw BASE --path_diff DIFF --path_tuned TUNED
     python weight_diff.py verify --path DIFF
 
-BASE, TUNED and DIFF are directories (inputs may be Hub ids). Tensors flow from disk to disk in pieces of a few MB, so
+BASE, TUNED and DIFF are directories (inputs may be Hub ids). Tensors flow from disk to disk in small pieces, so
 memory does not grow with the model; no model is built. By default the difference is taken between the bits, as
 integers that wrap around, so the tuned model comes back bit for bit. `weight_diff.json`, written last, holds a sha256
 for every tensor of base, diff and tuned model. A diff without it (the 2023 release) is read as float32 tuned − raw.
@@ -22,7 +22,14 @@ from alpaca.prompts import format_prompt
 from alpaca.weights import alpaca_7b, output
 from alpaca.weights.arithmetic import FLOATS, Plan, diff_tensor, recover_tensor
 from alpaca.weights.files import Checkpoint, bad_data, carried_files, copy_file, local_directory, mismatch
-from alpaca.weights.manifest import MANIFEST, check_against_manifest, read_manifest, well_formed, write_manifest
+from alpaca.weights.manifest import (
+    MANIFEST,
+    check_against_manifest,
+    diff_entry,
+    read_manifest,
+    well_formed,
+    write_manifest,
+)
 from alpaca.weights.plan import ENCODINGS, plan_from_bare_diff, plan_from_manifest, plan_from_models, refuse_diff
 from alpaca.weights.work import THREADS, Work, check_archives, check_hashes, say, tensor_hashes
 
@@ -77,14 +84,7 @@ def make_diff(
         plans = plan_from_models(work, raw, tuned, encoding)
 
         def subtract(name: str, plan: Plan) -> None:
-            sums = diff_tensor(work, plan, name, tuned, writer, verify)
-            base = raw.tensors.get(plan.raw_name)
-            entries[name] = {
-                **{"dtype": plan.diff_dtype, "shape": plan.shape, "sha256": sums["diff"], "mean_rows": plan.mean_rows},
-                "raw": base
-                and {"name": plan.raw_name, "dtype": base.dtype, "shape": base.shape, "sha256": sums["raw"]},
-                "tuned": {"dtype": plan.dtype, "sha256": sums["tuned"], "recovered_sha256": sums["recovered"]},
-            }
+            entries[name] = diff_entry(plan, diff_tensor(work, plan, name, tuned, writer, verify))
 
         writer = output.ShardWriter({name: (plan.diff_dtype, plan.shape) for name, plan in plans.items()}, shard_bytes)
         with output.new_directory(directory, writer.total_bytes) as staging:

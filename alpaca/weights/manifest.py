@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from alpaca.common import atomic_write
+from alpaca.weights.arithmetic import Plan
 from alpaca.weights.files import Checkpoint, bad_data, file_inside, mismatch, read_json, sha256_of_file
 from alpaca.weights.output import ShardWriter
 
@@ -35,6 +36,15 @@ def describe_file(path: Path, header: bytes | None) -> dict[str, Any]:
     if header is None:
         return {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
     return {"bytes": path.stat().st_size, "header_sha256": hashlib.sha256(header).hexdigest()}
+
+
+def diff_entry(plan: Plan, sums: dict[str, str | None]) -> dict[str, Any]:
+    """What the manifest of a diff says of a tensor; `sums` as `diff_tensor` returns them."""
+    base = plan.raw.tensors.get(plan.raw_name)
+    raw = base and {"name": plan.raw_name, "dtype": base.dtype, "shape": base.shape, "sha256": sums["raw"]}
+    tuned = {"dtype": plan.dtype, "sha256": sums["tuned"], "recovered_sha256": sums["recovered"]}
+    stored = {"dtype": plan.diff_dtype, "shape": plan.shape, "sha256": sums["diff"], "mean_rows": plan.mean_rows}
+    return {**stored, "raw": raw, "tuned": tuned}
 
 
 def write_manifest(directory: Path, kind: str, encoding: str, tensors: dict[str, Any], writer: ShardWriter) -> None:
