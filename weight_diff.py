@@ -4,10 +4,10 @@
     python weight_diff.py recover --path_raw BASE --path_diff DIFF --path_tuned TUNED
     python weight_diff.py verify --path DIFF
 
-BASE, TUNED and DIFF are directories (inputs may be Hub ids). Tensors flow from disk to disk in small pieces, so
-memory does not grow with the model; no model is built. By default the difference is taken between the bits, as
-integers that wrap around, so the tuned model comes back bit for bit. `weight_diff.json`, written last, holds a sha256
-for every tensor of base, diff and tuned model. A diff without it (the 2023 release) is read as float32 tuned − raw.
+BASE, TUNED and DIFF are directories (inputs may be Hub ids). Tensors flow from disk to disk in small pieces, so memory
+does not grow with the model; no model is built. By default the difference is taken between the bits, as integers that
+wrap around, so the tuned model comes back bit for bit. `weight_diff.json`, written last, holds a sha256 for each tensor
+of base, diff and tuned model. A diff without it (the 2023 release) is read as float32 tuned − raw.
 """
 
 import functools

@@ -102,12 +102,13 @@ class Plan:
 
     def base_words(self, words: np.ndarray | None, start: int, stop: int) -> np.ndarray:
         """What the exact difference is taken from: words of the base cast to the tuned type, then zeros."""
-        base = np.zeros(stop - start, word_type(self.dtype))
-        if words is not None:
-            raw_dtype = self.raw.tensors[self.raw_name].dtype
-            same = raw_dtype == self.dtype
-            base[: len(words)] = words if same else from_float32(to_float32(words, raw_dtype), self.dtype)
-        return base
+        if words is None:
+            return np.zeros(stop - start, word_type(self.dtype))
+        raw_dtype = self.raw.tensors[self.raw_name].dtype
+        if raw_dtype != self.dtype:
+            words = from_float32(to_float32(words, raw_dtype), self.dtype)
+        missing = stop - start - len(words)
+        return np.pad(words, (0, missing)) if missing else words
 
     def base_float32(self, words: np.ndarray | None, start: int, stop: int) -> np.ndarray:
         """What the float32 difference is taken from: values of the base, then mean rows, or zeros."""

@@ -74,7 +74,7 @@ def refuse_diff(checkpoint: Checkpoint, flag: str) -> None:
 
 def fits(tensor: Tensor, base: Tensor, grown: bool) -> bool:
     same_kind = base.dtype == tensor.dtype or {base.dtype, tensor.dtype} <= FLOATS
-    return same_kind and (base.shape == tensor.shape or grown)
+    return same_kind and (grown or base.shape == tensor.shape)
 
 
 def refuse_misfits(raw: Checkpoint, other: Checkpoint, plans: dict[str, Plan], problems: list[str]) -> None:

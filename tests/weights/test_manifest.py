@@ -9,6 +9,7 @@ import torch
 
 import weight_diff
 from alpaca.common import ExitCode, ExpectedError
+from alpaca.weights.manifest import _render
 from tests.weights.tiny_checkpoints import (
     assert_refused,
     assert_same_bits,
@@ -51,8 +52,6 @@ def manifest_with(place, change, keep_digest=False):
     body = json.loads(path.read_text())
     change(body)
     if not keep_digest:
-        from alpaca.weights.manifest import _render
-
         body.pop("manifest_sha256")
         path.write_text(_render(body))
     else:

@@ -1,18 +1,14 @@
 """Pieces and threads: the same bytes whatever their size, bounded memory, an end when one fails."""
 
-import os
-import subprocess
-import sys
 import threading
 
 import weight_diff
 from tests.weights.tiny_checkpoints import (
-    ROOT,
-    SCRIPT,
     assert_refused,
     make_diff,
     model,
     recover,
+    run_between,
     save,
     save_holes,
     tree,
@@ -50,26 +46,13 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
         sizes = {f"model.layers.{n}.w": 2**24 for n in range(4)} | {"model.embed_tokens.weight": 2**27}
         save_holes(tmp_path / name, sizes)
     # getrusage would count the memory of the process that forked; VmHWM (KiB) is the program's own.
-    program = f"""
-import re, runpy, sys
-sys.argv = ["weight_diff.py", *sys.argv[1:]]
-runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
-print(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
-"""
+    peak = r'print(re.search(r"VmHWM:\s*(\d+)", open("/proc/self/status").read())[1])'
     peaks = []
     for command in (
         ["make_diff", "raw", "tuned", "diff"],
         ["recover", "raw", "diff", "out", "--test_inference", "False"],
     ):
-        done = subprocess.run(
-            [sys.executable, "-c", program, *command],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
+        done = run_between("", peak, command, tmp_path)
         assert done.returncode == 0, done.stderr
         peaks.append(int(done.stdout) * 1024)
     assert max(peaks) < 400 * 2**20

@@ -141,6 +141,20 @@ def run(*arguments, **options):
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
 
 
+def run_between(before, after, arguments, cwd):
+    """weight_diff.py with lines of Python before and after it in the same process."""
+    program = f"""
+import re, runpy, sys
+{before}
+sys.argv = ["weight_diff.py", *sys.argv[1:]]
+runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+{after}
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", program, *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
 def make_diff(raw, tuned, diff, **options):
     weight_diff.make_diff(str(raw), str(tuned), str(diff), **options)
 
