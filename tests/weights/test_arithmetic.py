@@ -93,7 +93,7 @@ def test_float32_encoding_is_the_form_of_2023(tmp_path, capsys):
             assert not all(torch.equal(after[name], before[name]) for name in before)
 
 
-@pytest.mark.parametrize(("rows", "row"), [(17, 32), (257, 1024), (70_000, 32)])
+@pytest.mark.parametrize(("rows", "row"), [(100, 64), (32_000, 64), (5000, 128), (17, 32), (257, 1024), (70_000, 32)])
 def test_mean_row_has_the_bits_of_torch(tmp_path, rows, row):
     embedding = torch.randn(rows, row, generator=torch.Generator().manual_seed(rows)).to(torch.float16)
     save_file({"model.embed_tokens.weight": embedding}, tmp_path / "model.safetensors")
