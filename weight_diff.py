@@ -36,12 +36,6 @@ from alpaca.weights.work import THREADS, Work, check_archives, check_hashes, say
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # what --dtype takes
 
 
-def check_flags(**flags: Any) -> None:
-    for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise ExpectedError(f"--{name} {value}: True or False expected", ExitCode.USAGE)
-
-
 def make_diff(
     path_raw: str,
     path_tuned: str,
@@ -64,7 +58,6 @@ def make_diff(
         overwrite: replace a directory that is not empty.
         verify: False leaves the sha256 sums out: faster, and recover then has nothing to check against.
     """
-    check_flags(overwrite=overwrite, verify=verify)
     if encoding not in ENCODINGS:
         raise ExpectedError(f"--encoding {encoding}: one of {', '.join(ENCODINGS)} expected", ExitCode.USAGE)
     shard_bytes = output.shard_bytes(max_shard_size)
@@ -131,8 +124,6 @@ def recover(
         overwrite: replace a directory that is not empty.
         verify: False skips the sha256 sums of steps 2 and 4.
     """
-    check_flags(test_inference=test_inference, check_integrity_naively=check_integrity_naively)
-    check_flags(overwrite=overwrite, verify=verify)
     if path_tuned is None:
         raise ExpectedError("--path_tuned is needed: the directory for the recovered model", ExitCode.USAGE)
     if dtype is not None and dtype not in DTYPES:
