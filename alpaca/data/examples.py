@@ -1,4 +1,4 @@
-"""Alpaca examples → checked, tokenized, batched. Training, inference and the data report read data through this file.
+"""Alpaca examples → checked and tokenized. Training, inference and the data report read data through this file.
 
 A data set is a JSON list (or JSON lines) of {"instruction": str, "input": str (may be missing or null), "output": str}.
 """
@@ -6,7 +6,6 @@ A data set is a JSON list (or JSON lines) of {"instruction": str, "input": str (
 import json
 import os
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +22,6 @@ IGNORE_INDEX = -100  # the label of a token that is not trained on; what torch's
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _TOKENIZER_BATCH = 2000  # examples; enough to keep all cores busy, few enough for the progress bar to move
-_VAL_SEED = 42  # fixed apart from --seed: runs with different seeds hold out the same examples
 
 
 def load_examples(data_path: str, need_output: bool = True) -> list[dict[str, str]]:
@@ -202,7 +200,8 @@ def _row(texts: TokenizedTexts, index: int) -> dict[str, torch.Tensor]:
 
 
 class SupervisedDataset(Dataset):
-    """Examples for supervised fine-tuning: `dataset[i]` is {"input_ids": (T_i,), "labels": (T_i,)}, both int64.
+    """Examples for supervised fine-tuning: `dataset[i]` is {"input_ids": (T_i,), "labels": (T_i,)}, both int64, and
+    "record", its number in the data (from 0).
 
     Examples whose response is wholly cut away by the length limit would teach nothing; they are left out, and their
     record numbers kept in `dropped`. Raises ExpectedError (exit 3) on bad data or when no example is left.
@@ -214,9 +213,9 @@ class SupervisedDataset(Dataset):
         targets = [example["output"] + tokenizer.eos_token for example in examples]
         del examples  # their texts are in the two lists now, and ten times 52,000 of them are half a GB
         self.texts = tokenize(sources, targets, tokenizer)
-        taught = self.texts.lengths > self.texts.prompt_lengths
-        self.rows = np.flatnonzero(taught)  # record numbers of the examples kept
-        self.dropped = np.flatnonzero(~taught).tolist()
+        has_response = self.texts.lengths > self.texts.prompt_lengths
+        self.rows = np.flatnonzero(has_response)  # record numbers of the examples kept
+        self.dropped = np.flatnonzero(~has_response).tolist()
         if not len(self.rows):
             raise ExpectedError(
                 f"{data_path}: no example has any of its response within {tokenizer.model_max_length} tokens; "
@@ -228,7 +227,7 @@ class SupervisedDataset(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return _row(self.texts, self.rows[index])
+        return {**_row(self.texts, self.rows[index]), "record": int(self.rows[index])}
 
     @property
     def lengths(self) -> np.ndarray:
@@ -240,31 +239,3 @@ class SupervisedDataset(Dataset):
         selected = object.__new__(SupervisedDataset)
         selected.texts, selected.rows, selected.dropped = self.texts, self.rows[indices], self.dropped
         return selected
-
-
-def split(dataset: SupervisedDataset, val_size: float) -> tuple[SupervisedDataset, SupervisedDataset | None]:
-    """Hold out `val_size` examples (a count, or a fraction below 1), the same ones in every run."""
-    if not val_size:
-        return dataset, None
-    count = round(val_size * len(dataset)) if val_size < 1 else int(val_size)
-    if val_size < 0 or (count != val_size and val_size >= 1) or not 0 < count < len(dataset):
-        raise ExpectedError(
-            f"--val_size {val_size:g} of {len(dataset)} examples leaves none to train on or none to evaluate on; "
-            "give a count or a fraction below 1",
-            ExitCode.USAGE,
-        )
-    order = np.random.default_rng(_VAL_SEED).permutation(len(dataset))
-    return dataset.select(np.sort(order[count:])), dataset.select(np.sort(order[:count]))
-
-
-def show_batch(dataset: SupervisedDataset, tokenizer: Any, count: int) -> None:
-    """Print examples as the model will see them; trained tokens in green on a terminal, in «» elsewhere."""
-    before, after = ("\033[32m", "\033[0m") if sys.stdout.isatty() and "NO_COLOR" not in os.environ else ("«", "»")
-    for index in range(min(count, len(dataset))):
-        input_ids, labels = dataset[index]["input_ids"], dataset[index]["labels"]
-        trained = int((labels != IGNORE_INDEX).sum())
-        print(f"--- record {dataset.rows[index]}: {len(input_ids)} tokens, {trained} of them trained on")
-        prompt, whole = tokenizer.decode(input_ids[:-trained]), tokenizer.decode(input_ids)
-        # A word that crosses the boundary decodes differently in two parts; then each part is shown for itself.
-        response = whole[len(prompt) :] if whole.startswith(prompt) else tokenizer.decode(input_ids[-trained:])
-        print(f"{prompt}{before}{response}{after}\n")

@@ -6,12 +6,12 @@ import shlex
 import shutil
 
 import pytest
-import safetensors.torch
 import torch
 import transformers
 
 from tests.conftest import ROOT, run
 from tests.training import forked
+from tests.training.courses import assert_same_changes, assert_same_course, losses, weights
 
 # The commands of 2023: of the README's commands, those with a flag that only 2023 spelled like this.
 README_COMMANDS = [
@@ -33,17 +33,9 @@ def data(tmp_path_factory):
     return path
 
 
-def losses(directory):
-    return [e["loss"] for e in json.loads((directory / "trainer_state.json").read_text())["log_history"] if "loss" in e]
-
-
 def rates(directory):
     log = json.loads((directory / "trainer_state.json").read_text())["log_history"]
     return [entry["learning_rate"] for entry in log if "loss" in entry]
-
-
-def weights(directory):
-    return safetensors.torch.load_file(directory / "model.safetensors")
 
 
 def assert_loadable(directory, base):
@@ -119,7 +111,7 @@ def test_other_processes_and_other_batches_take_the_same_steps(processes, batche
         flags += ["--padding_free", "False", "--balance_tokens", "False"]
     out = tmp_path / "out"
     forked.run_train(out, "--model_name_or_path", llama, "--data_path", data, *RECIPE, *flags, processes=processes)
-    assert losses(out) == pytest.approx(losses(one_process), abs=1e-5)
+    assert_same_course(losses(out), losses(one_process))
 
 
 def test_fsdp_shards_trains_saves_and_resumes(one_process, llama, data, tmp_path):
@@ -135,10 +127,10 @@ def test_fsdp_shards_trains_saves_and_resumes(one_process, llama, data, tmp_path
     )
     assert total == sum(tensor.numel() for tensor in weights(one_process).values())
     assert 0.49 < local / total < 0.51
-    assert losses(tmp_path / "out") == pytest.approx(losses(one_process), abs=1e-5)
+    assert_same_course(losses(tmp_path / "out"), losses(one_process))
     assert_loadable(tmp_path / "out", llama)
-    whole, single = weights(tmp_path / "out"), weights(one_process)
-    assert all(torch.allclose(whole[name], single[name], atol=2e-5) for name in single)
+    whole = weights(tmp_path / "out")
+    assert_same_changes(whole, weights(one_process), weights(llama))
 
     shutil.copytree(tmp_path / "out" / "checkpoint-2", tmp_path / "checkpoint-2")
     flags += ["--resume_from_checkpoint", tmp_path / "checkpoint-2"]
@@ -159,11 +151,10 @@ def test_zero_3_with_both_offloads(one_process, llama, opt, data, tmp_path):
         timeout=600,
     )
     assert result.returncode == 0, result.stderr[-20000:]
-    assert losses(tmp_path / "out") == pytest.approx(losses(one_process), abs=1e-4)
+    assert_same_course(losses(tmp_path / "out"), losses(one_process))
     assert rates(tmp_path / "out")[1:] == pytest.approx([2e-4 * 0.75, 2e-4 * 0.25, 0], rel=1e-6)  # the cosine's
     assert_loadable(tmp_path / "out", llama)
-    whole, single = weights(tmp_path / "out"), weights(one_process)
-    assert all(torch.allclose(whole[name], single[name], atol=1e-4) for name in single)
+    assert_same_changes(weights(tmp_path / "out"), weights(one_process), weights(llama))
     command = next(command for command in README_COMMANDS if "--deepspeed" in command)
     readme_run(list(command), llama, opt, tmp_path / "readme")
 
