@@ -116,7 +116,7 @@ def train() -> None:
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics, combined=False)
     if model_args.lora_r and training_args.process_index == 0:
-        shutil.rmtree(Path(training_args.output_dir, "merged"), ignore_errors=True)  # of adapters that are gone
+        shutil.rmtree(Path(training_args.output_dir, "merged"), ignore_errors=True)  # made of an earlier run's adapters
         if model_args.lora_merge:
             merge_adapters(model_args, training_args, tokenizer)
 

@@ -37,23 +37,22 @@ def load_examples(data_path: str, need_output: bool = True) -> list[dict[str, st
         records = _read_hub(data_path)
     else:
         what = "is a directory" if os.path.isdir(data_path) else "does not exist"
-        raise ExpectedError(
-            f"--data_path {data_path} {what}; give a .json or .jsonl file, or a Hub data set such as tatsu-lab/alpaca",
-            ExitCode.DATA,
-        )
+        choice = "give a .json or .jsonl file, or a Hub data set such as tatsu-lab/alpaca"
+        raise _bad_data(f"--data_path {data_path} {what}; {choice}")
     optional = ("input",) if need_output else ("input", "output")
     faults = [(index, fault) for index, record in enumerate(records) if (fault := _fault(record, optional))]
     if faults:
         shown = "; ".join(f"record {index}: {fault}" for index, fault in faults[:5])
         more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise ExpectedError(
-            f"{data_path}: {len(faults)} of {len(records)} records can't be used, counted from 0: {shown}{more}. "
-            "Mend or remove them",
-            ExitCode.DATA,
-        )
+        what = f"{len(faults)} of {len(records)} records can't be used, counted from 0"
+        raise _bad_data(f"{data_path}: {what}: {shown}{more}. Mend or remove them")
     if not records:
-        raise ExpectedError(f"{data_path} holds no examples; add some or choose another file", ExitCode.DATA)
+        raise _bad_data(f"{data_path} holds no examples; add some or choose another file")
     return [{key: r.get(key) or "" for key in ("instruction", "input", "output")} for r in records]
+
+
+def _bad_data(message: str) -> ExpectedError:
+    return ExpectedError(message, ExitCode.DATA)
 
 
 def _read_text(path: str) -> str:
@@ -61,11 +60,9 @@ def _read_text(path: str) -> str:
         with open(path, "rb") as file:
             return file.read().decode("utf-8-sig")  # in text mode large files would be copied twice more
     except UnicodeDecodeError as error:
-        raise ExpectedError(
-            f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8, or unpack it first", ExitCode.DATA
-        )
+        raise _bad_data(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8, or unpack it first")
     except PermissionError:
-        raise ExpectedError(f"{path} can't be read; check its permissions", ExitCode.DATA)
+        raise _bad_data(f"{path} can't be read; check its permissions")
 
 
 def _read_json(path: str) -> list[Any]:
@@ -73,16 +70,11 @@ def _read_json(path: str) -> list[Any]:
         records = json.loads(_read_text(path))
     except json.JSONDecodeError as error:
         hint = ". One object a line is called .jsonl: rename the file" if error.msg == "Extra data" else ""
-        raise ExpectedError(
-            f"{path} is not valid JSON: {error.msg} at line {error.lineno} column {error.colno}{hint}", ExitCode.DATA
-        )
+        raise _bad_data(f"{path} is not valid JSON: {error.msg} at line {error.lineno} column {error.colno}{hint}")
     except RecursionError:
-        raise ExpectedError(f"{path} is nested too deeply to be a list of examples", ExitCode.DATA)
+        raise _bad_data(f"{path} is nested too deeply to be a list of examples")
     if not isinstance(records, list):
-        raise ExpectedError(
-            f"{path} holds {_json_type(records)} where a list of examples is expected; wrap the examples in [ ]",
-            ExitCode.DATA,
-        )
+        raise _bad_data(f"{path} holds {_json_type(records)} where a list of examples is expected; wrap them in [ ]")
     return records
 
 
@@ -94,9 +86,7 @@ def _read_json_lines(path: str) -> list[Any]:
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise ExpectedError(
-                f"{path} is not valid JSON lines: {error.msg} at line {number} column {error.colno}", ExitCode.DATA
-            )
+            raise _bad_data(f"{path} is not valid JSON lines: {error.msg} at line {number} column {error.colno}")
     return records
 
 
@@ -107,10 +97,9 @@ def _read_hub(name: str) -> list[Any]:
         return datasets.load_dataset(name, split="train").to_list()
     except (OSError, ValueError, RuntimeError) as error:  # offline, unknown, private, made by a script
         reason = " ".join(str(error).split())[:300]
-        raise ExpectedError(
+        raise _bad_data(
             f"the Hub data set {name} can't be loaded ({type(error).__name__}: {reason}). Check the name and the "
-            "network (HF_HUB_OFFLINE, HF_TOKEN), or download its file and give --data_path that",
-            ExitCode.DATA,
+            "network (HF_HUB_OFFLINE, HF_TOKEN), or download its file and give --data_path that"
         )
 
 
@@ -217,11 +206,8 @@ class SupervisedDataset(Dataset):
         self.rows = np.flatnonzero(has_response)  # record numbers of the examples kept
         self.dropped = np.flatnonzero(~has_response).tolist()
         if not len(self.rows):
-            raise ExpectedError(
-                f"{data_path}: no example has any of its response within {tokenizer.model_max_length} tokens; "
-                "raise --model_max_length",
-                ExitCode.DATA,
-            )
+            limit = f"within {tokenizer.model_max_length} tokens; raise --model_max_length"
+            raise _bad_data(f"{data_path}: no example has any of its response {limit}")
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -71,7 +71,7 @@ class TrainingArguments(TrainingFlags, transformers.TrainingArguments):
             needed.append((f"optim {optim}", "bitsandbytes"))
         if needed:
             flag, package = needed[0]
-            raise ExpectedError(f"--{flag} needs the package: pip install {package}", ExitCode.USAGE)
+            raise wrong_usage(f"--{flag} needs the package: pip install {package}")
 
     def _train_on_cpu(self) -> None:
         if not self.use_cpu and not self.estimate_memory:
@@ -83,14 +83,13 @@ class TrainingArguments(TrainingFlags, transformers.TrainingArguments):
 
     def _read_fsdp(self) -> None:
         """--fsdp "full_shard auto_wrap offload" → fsdp=True and fsdp_config, the form that today's library keeps."""
-        words = self.fsdp.split() if isinstance(self.fsdp, str) else ["full_shard"] if self.fsdp else []
-        words = ["full_shard"] if words in (["True"], ["true"]) else [] if words in (["False"], ["false"]) else words
+        usual = {"true": "full_shard", "false": "", "none": ""}
+        words = usual.get(str(self.fsdp).lower(), str(self.fsdp)).split()
         unknown = set(words) - {"full_shard", "shard_grad_op", "auto_wrap", "offload"}
         if unknown:
-            raise ExpectedError(
+            raise wrong_usage(
                 f"--fsdp {self.fsdp!r}: FSDP2 has full_shard, shard_grad_op, auto_wrap and offload, not "
-                f'{", ".join(sorted(unknown))}; the usual value is --fsdp "full_shard auto_wrap"',
-                ExitCode.USAGE,
+                f'{", ".join(sorted(unknown))}; the usual value is --fsdp "full_shard auto_wrap"'
             )
         wrap = self.fsdp_transformer_layer_cls_to_wrap
         if not words:
@@ -99,16 +98,15 @@ class TrainingArguments(TrainingFlags, transformers.TrainingArguments):
             self.fsdp = self.fsdp_config = None
             return
         if self.deepspeed:
-            raise ExpectedError("--fsdp and --deepspeed are two ways to shard; give one of them", ExitCode.USAGE)
+            raise wrong_usage("--fsdp and --deepspeed are two ways to shard; give one of them")
         config = read_json_flag("fsdp_config", self.fsdp_config)
         config = {name.removeprefix("fsdp_"): value for name, value in config.items()}
         if wrap:
             names = [name.strip() for name in wrap.split(",")]
             if config.get("transformer_layer_cls_to_wrap", names) not in (names, wrap):
-                raise ExpectedError(
+                raise wrong_usage(
                     f"--fsdp_transformer_layer_cls_to_wrap {wrap} contradicts --fsdp_config, which says "
-                    f"{config['transformer_layer_cls_to_wrap']}; give one of them",
-                    ExitCode.USAGE,
+                    f"{config['transformer_layer_cls_to_wrap']}; give one of them"
                 )
             config["transformer_layer_cls_to_wrap"] = names
             self.fsdp_transformer_layer_cls_to_wrap = None
@@ -127,15 +125,14 @@ class TrainingArguments(TrainingFlags, transformers.TrainingArguments):
         if not self.deepspeed:
             return
         if "WORLD_SIZE" not in os.environ:
-            raise ExpectedError(
-                "--deepspeed needs a launcher, for one process too: torchrun --nproc_per_node=1 train.py …",
-                ExitCode.USAGE,
+            raise wrong_usage(
+                "--deepspeed needs a launcher, even for one process: torchrun --nproc_per_node=1 train.py …"
             )
         config = self.zero_config
         try:
             import deepspeed
         except ImportError:
-            raise ExpectedError("--deepspeed needs the package: pip install deepspeed", ExitCode.USAGE)
+            raise wrong_usage("--deepspeed needs the package: pip install deepspeed")
         if "scheduler" in config:
             notice(f"the scheduler block of {self.deepspeed} overrides --lr_scheduler_type {self.lr_scheduler_type}")
         zero = config.get("zero_optimization", {})
@@ -162,7 +159,7 @@ RENAMED_FLAGS: dict[str, tuple[str, Callable[[Any], Any]]] = {
 def map_old_spellings(args: TrainingArguments) -> None:
     """Give the flags of 2023 their meaning, say today's spelling once, and refuse contradictions with it."""
     if args.warmup_ratio is not None and not 0 <= args.warmup_ratio <= 1:
-        raise ExpectedError(f"--warmup_ratio {args.warmup_ratio} is not a fraction between 0 and 1", ExitCode.USAGE)
+        raise wrong_usage(f"--warmup_ratio {args.warmup_ratio} is not a fraction between 0 and 1")
     defaults = {f.name: f.default for f in fields(args)}
     for old, (new, translate) in RENAMED_FLAGS.items():
         value = getattr(args, old)
@@ -188,9 +185,12 @@ def map_old_spellings(args: TrainingArguments) -> None:
         notice("--save_safetensors has no effect: weights are always saved as safetensors")
 
 
-def contradiction(old: str, old_value: Any, new: str, new_value: Any) -> ExpectedError:
-    message = f"--{old} {old_value} contradicts --{new} {new_value}, its spelling today; give one of them"
+def wrong_usage(message: str) -> ExpectedError:
     return ExpectedError(message, ExitCode.USAGE)
+
+
+def contradiction(old: str, old_value: Any, new: str, new_value: Any) -> ExpectedError:
+    return wrong_usage(f"--{old} {old_value} contradicts --{new} {new_value}, its spelling today; give one of them")
 
 
 def read_json_flag(name: str, value: str | dict | None) -> dict[str, Any]:
@@ -203,7 +203,7 @@ def read_json_flag(name: str, value: str | dict | None) -> dict[str, Any]:
         with open(value, encoding="utf-8") as file:
             return json.load(file)
     except (OSError, ValueError) as error:
-        raise ExpectedError(f"--{name} {value}: {error}; give a JSON file or a JSON object", ExitCode.USAGE)
+        raise wrong_usage(f"--{name} {value}: {error}; give a JSON file or a JSON object")
 
 
 def check_precision(bf16: bool, tf32: bool | None, gpu: str, capability: tuple[int, int]) -> None:
@@ -211,9 +211,9 @@ def check_precision(bf16: bool, tf32: bool | None, gpu: str, capability: tuple[i
     if capability >= (8, 0):
         return
     if bf16:
-        raise ExpectedError(f"--bf16 True: {gpu} has no bf16 arithmetic; use --fp16 True", ExitCode.USAGE)
+        raise wrong_usage(f"--bf16 True: {gpu} has no bf16 arithmetic; use --fp16 True")
     if tf32:
-        raise ExpectedError(f"--tf32 True: {gpu} has no tf32 arithmetic; leave the flag out", ExitCode.USAGE)
+        raise wrong_usage(f"--tf32 True: {gpu} has no tf32 arithmetic; leave the flag out")
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
@@ -225,7 +225,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[ModelArguments, 
     parser.add_argument("--help_all", "--help-all", action="help", help="List all flags and exit.")
 
     def fail(message: str) -> None:
-        raise ExpectedError(f"{message}; python train.py --help lists the flags", ExitCode.USAGE)
+        raise wrong_usage(f"{message}; python train.py --help lists the flags")
 
     parser.error = fail
     values, unknown = parser.parse_known_args(argv)
@@ -272,10 +272,9 @@ def correct_layer_names(args: TrainingArguments, config: transformers.Pretrained
     classes = {name.lower(): name for name in (type(module).__name__ for module in model.modules())}
     for name in (names := [wanted] if isinstance(wanted, str) else wanted):
         if name.lower() not in classes:
-            raise ExpectedError(
+            raise wrong_usage(
                 f"--fsdp_transformer_layer_cls_to_wrap {name}: this {config.model_type} model has no such class; its "
-                f"layers are {', '.join(sorted(model._no_split_modules))}. Leave the flag out to use them",
-                ExitCode.USAGE,
+                f"layers are {', '.join(sorted(model._no_split_modules))}. Leave the flag out to use them"
             )
         if (right := classes[name.lower()]) != name:
             notice(f"--fsdp_transformer_layer_cls_to_wrap {name} is written {right} in transformers; {right} is used")

@@ -100,8 +100,8 @@ def choose_collator(
     """
     if not data_args.padding_free:
         return DataCollatorForSupervisedDataset(tokenizer)
-    free = model_args.attn_implementation is None and not training_args.torch_compile
-    if free and keeps_examples_apart(config, BY_EXAMPLE):
+    may_choose = model_args.attn_implementation is None and not training_args.torch_compile
+    if may_choose and keeps_examples_apart(config, BY_EXAMPLE):
         model_args.attn_implementation = BY_EXAMPLE
         return DataCollatorWithoutPadding(with_lengths=True)
     if keeps_examples_apart(config):

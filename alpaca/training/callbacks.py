@@ -110,7 +110,7 @@ class Preemption:
         """`peers`: the process ids that end this process by ending."""
         signals, self._wakeup = os.pipe()
         os.set_blocking(self._wakeup, False)
-        signal.signal(signal.SIGTERM, lambda *_: None)  # what Python hears of, it also writes to the wake-up pipe
+        signal.signal(signal.SIGTERM, lambda *_: None)  # a handler, or the pipe would get no byte
         signal.set_wakeup_fd(self._wakeup)
         threading.Thread(target=self._listen, args=(signals, peers), daemon=True).start()
 

@@ -21,9 +21,7 @@ def flag(default: Any, help: str, **options: Any) -> Any:
 class ModelArguments:
     model_name_or_path: str = flag("facebook/opt-125m", "Model directory or Hub id.")
     pad_token: str | None = flag(None, "Pad with this existing token (such as '<unk>') where [PAD] would be added.")
-    attn_implementation: str | None = flag(
-        None, "sdpa, eager, flash_attention_2 …; by default each example by itself, where right."
-    )
+    attn_implementation: str | None = flag(None, "sdpa, eager, flash_attention_2 …; by default by example, if right.")
     dtype: str = flag(
         "float32",
         "Of the weights; bfloat16 and float16 halve them and round small updates away.",
@@ -60,9 +58,7 @@ class TrainingFlags:
     warmup_steps: float = flag(0, "Steps (below 1: fraction of all steps) until the peak; 2023: 0.03.")
     lr_scheduler_type: str = flag("linear", "How the rate falls after the peak: linear, cosine (2023), constant …")
     weight_decay: float = flag(0.0, "AdamW's.")
-    optim: str = flag(
-        "adamw_torch", "The optimizer; adamw_torch_fused is faster. adamw_hf, gone since, is adamw_torch."
-    )
+    optim: str = flag("adamw_torch", "adamw_torch_fused is faster on GPUs; adamw_hf, gone since, is adamw_torch.")
     seed: int = flag(42, "Of example order, dropout and adapters; held-out examples do not depend on it.")
 
     bf16: bool = flag(False, "Compute in bfloat16, weights staying as they are (Ampere GPUs and newer).")
@@ -70,17 +66,11 @@ class TrainingFlags:
     tf32: bool | None = flag(None, "Multiply float32 matrices in tf32 (Ampere GPUs and newer).")
     use_cpu: bool = flag(False, "Train on the CPU, as happens anyway where there is no accelerator.")
 
-    fsdp: str | None = flag(
-        None, 'Shard over processes: "full_shard auto_wrap", or with offload to CPU memory.', **SWITCH
-    )
+    fsdp: str | None = flag(None, 'Shard over processes: "full_shard auto_wrap"; + offload: in CPU memory.', **SWITCH)
     fsdp_config: str | None = flag(None, "More settings of FSDP: a JSON file or object.")
-    deepspeed: str | None = flag(
-        None, "Shard with DeepSpeed: a JSON file, such as configs/default_offload_opt_param.json."
-    )
+    deepspeed: str | None = flag(None, "Shard with DeepSpeed: a JSON file (configs/default_offload_opt_param.json).")
 
-    gradient_checkpointing: bool | None = flag(
-        None, "Less memory, a third more work: compute activations twice.", **SWITCH
-    )
+    gradient_checkpointing: bool | None = flag(None, "Keep no activations: a third more work.", **SWITCH)
     use_liger_kernel: bool = flag(False, "Fused GPU kernels of the package liger-kernel.")
     estimate_memory: bool = flag(False, "Print what the run needs of each GPU's memory, from the config alone; exit.")
     estimate_gpus: int | None = flag(None, "Estimate for so many GPUs instead of the processes that are running.")
@@ -90,9 +80,7 @@ class TrainingFlags:
     save_strategy: str = flag("steps", "When to write checkpoints: no, steps, epoch or best.")
     save_steps: float = flag(500, "Steps (below 1: fraction of all steps) between checkpoints.")
     save_total_limit: int | None = flag(None, "Checkpoints to keep; the disk must hold one more. By default all.")
-    resume_from_checkpoint: str | None = flag(
-        None, "A checkpoint's path, True (newest whole one), or last (that, or the beginning)."
-    )
+    resume_from_checkpoint: str | None = flag(None, "A path, True (newest whole one) or last (that or a new start).")
 
     logging_steps: float = flag(500, "Steps (below 1: fraction of all steps) between log lines; 2023: 1.")
     logging_nan_inf_filter: bool = flag(False, "Keep a NaN loss out of the log. Here it stops the run.")

@@ -22,11 +22,13 @@ class AlpacaTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.args.remove_unused_columns = False  # "record" is for the collator, which asks for no more than it needs
         self.data_collator.with_records = True
-        if not self.args.label_smoothing_factor:  # which the Trainer computes from all logits
+        if not self.args.label_smoothing_factor:  # smoothing needs the logits of all tokens, the library's loss
             if isinstance(self.data_collator, DataCollatorWithoutPadding):
                 self.data_collator.responses_only = True
             if not self.args.use_liger_kernel:
-                use_lean_loss(getattr(self.model, "get_base_model", lambda: self.model)())  # without LoRA's wrapper
+                use_lean_loss(
+                    getattr(self.model, "get_base_model", lambda: self.model)()
+                )  # with LoRA, the model inside
         self.balance_tokens = balance_tokens
         self.watch = StepWatch()
         for callback in (ShardingCheck(), SpaceCheck(), self.watch):
@@ -82,7 +84,7 @@ class AlpacaTrainer(Trainer):
         super().log({**logs, **self.watch.figures()} if "loss" in logs else logs, start_time)
 
     def _run_epoch(self, **kwargs):
-        if self.state.global_step < self.state.max_steps:  # else a finished run was started again: nothing to train
+        if self.state.global_step < self.state.max_steps:  # not so when a finished run is started again
             super()._run_epoch(**kwargs)
 
     def _save_checkpoint(self, model, trial):
