@@ -102,7 +102,7 @@ def spread(lengths: Sequence[int], num_groups: int) -> list[list[int]]:
 def sort_and_cut(lengths: Sequence[int], num_groups: int) -> list[list[int]]:
     """The same where groups are padded: neighbours in length, equally many in each; [9, 1, 5, 1], 2 → [[0, 2], [1, 3]].
 
-    Of the 52K set's steps of 128 examples in micro-batches of 4, 3.6 % is then padding.
+    Of the 52K set's steps of 128 examples in micro-batches of 4, some 3 % is then padding.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     bounds = [len(order) * group // num_groups for group in range(num_groups + 1)]
