@@ -2,10 +2,7 @@
 
 import json
 import math
-import re
-import shlex
 import socket
-import subprocess
 
 import pytest
 import torch
@@ -13,12 +10,10 @@ import transformers
 from accelerate.state import AcceleratorState
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
-from torch.distributed.run import get_args_parser
 
 from alpaca.common import ExpectedError
 from alpaca.training import arguments
 from alpaca.training.arguments import check_precision, correct_layer_names, parse_arguments
-from tests.conftest import ROOT
 
 NEEDED = ["--data_path", "x.json", "--output_dir", "out"]
 
@@ -149,32 +144,6 @@ def test_old_gpus_get_the_flag_that_they_can_do():
         check_precision(True, True, "Tesla V100-SXM2-16GB", (7, 0))
     with pytest.raises(ExpectedError, match=r"V100.*leave the flag out"):
         check_precision(False, True, "Tesla V100-SXM2-16GB", (7, 0))
-
-
-def test_every_documented_command_parses():
-    """Those of the README and of the Slurm job, torchrun's flags too; "…" stands for flags shown elsewhere."""
-    job = ROOT / "configs" / "slurm.sh"
-    subprocess.run(["bash", "-n", job], check=True)
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    lines = "\n".join([*blocks, job.read_text()]).replace("\\\n", " ").splitlines()
-    parsed = 0
-    for line in lines:
-        if not re.match(r"(srun )?(torchrun|python) .*train\.py ", line):
-            continue
-        words = shlex.split(re.sub("<[^>]*>", "1", line.split(" && ")[0]), comments=True)
-        script = words.index("train.py")
-        if "torchrun" in words:
-            get_args_parser().parse_args(words[words.index("torchrun") + 1 : script + 1])
-        flags = words[script + 1 :]
-        if "--deepspeed" in flags:
-            flags.remove("--deepspeed")  # its value with it: a run of that command is a test of its own
-            flags.remove("./configs/default_offload_opt_param.json")
-        if "…" in flags:
-            flags.remove("…")
-            flags += NEEDED
-        parse_arguments(flags)
-        parsed += 1
-    assert parsed >= 9
 
 
 @pytest.fixture
