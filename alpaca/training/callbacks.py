@@ -51,9 +51,8 @@ class ShardingCheck(TrainerCallback):
         elif args.use_cpu:
             notice("--fsdp shards nothing on the CPU: the run is plain data-parallel, a whole model in each process")
         else:
-            raise ExpectedError(
-                "--fsdp was asked for, but the parameters are not sharded; check --fsdp_config", ExitCode.USAGE
-            )
+            what = "--fsdp was asked for, but the parameters are not sharded; check --fsdp_config"
+            raise ExpectedError(what, ExitCode.USAGE)
 
 
 class SpaceCheck(TrainerCallback):
@@ -66,21 +65,15 @@ class SpaceCheck(TrainerCallback):
         saved = trained if hasattr(model, "peft_config") else total
         # Sharded runs keep the weights twice, as shards to resume from and as a model. Adam keeps two states.
         checkpoint = word * (saved * (2 if args.fsdp or args.deepspeed else 1) + 2 * trained)
-        once_for_all_ranks(
-            lambda: checkpoints.check_space(
-                args.output_dir, checkpoint, word * total, saves_to_come(args, state), args.save_total_limit
-            )
-        )
+        sizes = (checkpoint, word * total, saves_to_come(args, state), args.save_total_limit)
+        once_for_all_ranks(lambda: checkpoints.check_space(args.output_dir, *sizes))
 
 
 def saves_to_come(args: Any, state: Any) -> int:
     """How many checkpoints this run will still write, its last one included."""
     epoch = math.ceil(state.max_steps / state.num_train_epochs)  # steps
-    every = {
-        "steps": state.save_steps,
-        "epoch": epoch,
-        "best": state.eval_steps if args.eval_strategy == "steps" else epoch,
-    }.get(args.save_strategy)
+    best = state.eval_steps if args.eval_strategy == "steps" else epoch
+    every = {"steps": state.save_steps, "epoch": epoch, "best": best}.get(args.save_strategy)
     return math.ceil((state.max_steps - state.global_step) / max(1, every)) if every else 0
 
 

@@ -26,9 +26,8 @@ class AlpacaTrainer(Trainer):
             if isinstance(self.data_collator, DataCollatorWithoutPadding):
                 self.data_collator.responses_only = True
             if not self.args.use_liger_kernel:
-                use_lean_loss(
-                    getattr(self.model, "get_base_model", lambda: self.model)()
-                )  # with LoRA, the model inside
+                without_lora = getattr(self.model, "get_base_model", lambda: self.model)()
+                use_lean_loss(without_lora)
         self.balance_tokens = balance_tokens
         self.watch = StepWatch()
         for callback in (ShardingCheck(), SpaceCheck(), self.watch):

@@ -22,19 +22,21 @@ def logged(trainer):
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
-def run_trainer(tokenizer, examples, out, padding_free, balance_tokens, resume=None, kind="llama", **options):
+def run_trainer(tokenizer, examples, out, padding_free, balance_tokens, resume=None, before=None, **options):
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "save_strategy": "no", **options}
     args = train.TrainingArguments(
         output_dir=str(out), use_cpu=True, num_train_epochs=2, logging_steps=1, learning_rate=1e-3, **options
     )
     trainer = train.AlpacaTrainer(
-        model=tiny(tokenizer, kind),
+        model=tiny(tokenizer),
         args=args,
         train_dataset=examples,
         eval_dataset=examples,
         data_collator=DataCollatorWithoutPadding() if padding_free else DataCollatorForSupervisedDataset(tokenizer),
         balance_tokens=balance_tokens,
     )
+    if before:
+        before(trainer)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -63,6 +65,24 @@ def test_every_step_has_the_loss_of_plain_batches(
     for figure in ("loss", "grad_norm"):
         assert_same_course([step[figure] for step in logged(trainer)], [step[figure] for step in logged(plain)])
     assert trainer.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=3e-3)
+
+
+@pytest.mark.parametrize("padding_free", [True, False])
+@pytest.mark.parametrize("balance_tokens", [True, False])
+def test_record_numbers_reach_the_watch_and_not_the_model(padding_free, balance_tokens, tokenizer, examples, tmp_path):
+    noted, given = [], set()
+
+    def listen(trainer):
+        add = trainer.watch.add_micro_batch
+        trainer.watch.add_micro_batch = lambda inputs, records, loss: (
+            noted.extend(records) or add(inputs, records, loss)
+        )
+        trainer.model.register_forward_pre_hook(lambda module, args, named: given.update(named), with_kwargs=True)
+
+    trainer = run_trainer(tokenizer, examples, tmp_path, padding_free, balance_tokens, before=listen)
+    trainer.evaluate()
+    assert sorted(noted) == sorted([*examples.rows] * 2)  # two epochs
+    assert "input_ids" in given and "records" not in given
 
 
 def test_resuming_inside_the_second_epoch_goes_on_with_its_batches(tokenizer, examples, tmp_path):
