@@ -1,12 +1,17 @@
-"""Supervised fine-tuning of LLaMA, OPT and other causal language models on Alpaca-format data.
+r"""Supervised fine-tuning of LLaMA, OPT and other causal language models on Alpaca-format data.
 
     python train.py --model_name_or_path facebook/opt-125m --data_path alpaca_data.json --output_dir out
 
-    torchrun --nproc_per_node=4 train.py --model_name_or_path <llama-7b> --data_path alpaca_data.json --bf16 True \
-        --output_dir out --fsdp "full_shard auto_wrap" --tf32 True
+    torchrun --nproc_per_node=4 train.py --model_name_or_path <llama-7b> --data_path alpaca_data.json --output_dir out \
+        --bf16 True --tf32 True --fsdp "full_shard auto_wrap"
 
-The README has the full commands. `python train.py --help` lists every flag, the Trainer's own among them.
+docs/training.md has the recipe's commands. Below, a flag's default follows its name; switches take True or False.
 """
+
+from alpaca.training.flags import DataArguments, ModelArguments, answer_help
+
+if __name__ == "__main__":
+    answer_help(__doc__)  # here, because the imports below take seconds
 
 import shutil
 from pathlib import Path
@@ -16,26 +21,17 @@ import torch.distributed as dist
 import transformers
 
 from alpaca.common import ExitCode, ExpectedError, run_main
-from alpaca.data.examples import IGNORE_INDEX, SupervisedDataset, preprocess, show_batch
+from alpaca.data.examples import IGNORE_INDEX, SupervisedDataset, preprocess
 from alpaca.prompts import PROMPT_DICT
 from alpaca.training import memory
-from alpaca.training.arguments import (
-    DataArguments,
-    ModelArguments,
-    TrainingArguments,
-    choose_layers_to_wrap,
-    parse_arguments,
-)
+from alpaca.training.arguments import TrainingArguments, correct_layer_names, parse_arguments
 from alpaca.training.attention import choose_collator
-from alpaca.training.batches import (
-    DataCollatorForSupervisedDataset,
-    DataCollatorWithoutPadding,
-    make_supervised_data_module,
-    once_for_all_ranks,
-)
+from alpaca.training.batches import DataCollatorForSupervisedDataset, DataCollatorWithoutPadding
 from alpaca.training.checkpoints import find_checkpoint, record_run
+from alpaca.training.data_module import make_supervised_data_module, show_batch
 from alpaca.training.lora import add_adapters, merge_adapters
 from alpaca.training.models import from_pretrained, load_model, load_tokenizer
+from alpaca.training.processes import once_for_all_ranks
 from alpaca.training.special_tokens import complete_tokenizer, resize_embeddings, smart_tokenizer_and_embedding_resize
 from alpaca.training.trainer import AlpacaTrainer
 
@@ -86,7 +82,7 @@ def train() -> None:
         lambda: find_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir, training_args.sharding)
     )
     config = from_pretrained(transformers.AutoConfig, model_args.model_name_or_path, cache_dir=training_args.cache_dir)
-    choose_layers_to_wrap(training_args, config)
+    correct_layer_names(training_args, config)
     data_module["data_collator"] = choose_collator(config, tokenizer, model_args, data_args, training_args)
     model = load_model(model_args, training_args)
     resize_embeddings(model, tokenizer, num_new_tokens)
@@ -120,7 +116,7 @@ def train() -> None:
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics, combined=False)
     if model_args.lora_r and training_args.process_index == 0:
-        shutil.rmtree(Path(training_args.output_dir, "merged"), ignore_errors=True)  # of adapters that are gone
+        shutil.rmtree(Path(training_args.output_dir, "merged"), ignore_errors=True)  # made of an earlier run's adapters
         if model_args.lora_merge:
             merge_adapters(model_args, training_args, tokenizer)
 

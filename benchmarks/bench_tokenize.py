@@ -1,4 +1,4 @@
-"""Tokenizing and labelling a data set: one call an example, as in 2023, against `dataset.tokenize`.
+"""Tokenizing and labelling a data set: one call an example, as in 2023, against `examples.tokenize`.
 
     python benchmarks/bench_tokenize.py [--rows 52000] [--rounds 5] [--model_name_or_path configs/llama_tiny]
 

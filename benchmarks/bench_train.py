@@ -41,10 +41,11 @@ from transformers import HfArgumentParser, Trainer, TrainerCallback
 
 from alpaca.data.examples import SupervisedDataset, TokenizedTexts
 from alpaca.training import memory
-from alpaca.training.arguments import DataArguments, ModelArguments, TrainingArguments, choose_layers_to_wrap
+from alpaca.training.arguments import TrainingArguments, correct_layer_names
 from alpaca.training.attention import choose_collator
 from alpaca.training.batches import DataCollatorForSupervisedDataset
 from alpaca.training.callbacks import peak_flops
+from alpaca.training.flags import DataArguments, ModelArguments
 from alpaca.training.lora import add_adapters
 from alpaca.training.trainer import AlpacaTrainer
 
@@ -115,7 +116,7 @@ def measure(way: str, flags: str, bench: argparse.Namespace) -> dict[str, Any]:
         tokenizer = type("Tokenizer", (), {"pad_token_id": 0})
         padded = DataCollatorForSupervisedDataset(tokenizer)
         collator = padded if way == "then" else choose_collator(config, tokenizer, model_args, data_args, args)
-        choose_layers_to_wrap(args, config)
+        correct_layer_names(args, config)
         # What is sharded or offloaded must not lie on the GPU as a whole first.
         model = build_model(config, model_args, args.device if args.sharding == "none" else torch.device("cpu"))
         data = SyntheticDataset(bench.steps * bench.step_examples, config.vocab_size)
@@ -162,6 +163,8 @@ def train_bare(trainer: AlpacaTrainer, clock: Clock) -> list[float]:
     if args.gradient_checkpointing:
         trainer.model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
     micro_batches = list(trainer.get_train_dataloader())
+    for batch in micro_batches:
+        del batch["records"]  # which no model takes
     losses = []
     for first in range(0, len(micro_batches), args.gradient_accumulation_steps):
         clock.on_step_begin(args, state, None)

@@ -9,6 +9,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network, and none should wait for a time-out
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
+# The tests describe a machine without a GPU, here and in every process that they start; only those of test_gpu.py put
+# this into the environment of theirs. torch is not imported yet.
+GPU = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
+for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
+    os.environ[name] = ""
 
 # The documented command, which the Makefile runs too.
 MATERIALIZE = re.search(

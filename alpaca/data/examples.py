@@ -1,4 +1,4 @@
-"""Alpaca examples → checked, tokenized, batched. Training, inference and the data report read data through this file.
+"""Alpaca examples → checked and tokenized. Training, inference and the data report read data through this file.
 
 A data set is a JSON list (or JSON lines) of {"instruction": str, "input": str (may be missing or null), "output": str}.
 """
@@ -6,7 +6,6 @@ A data set is a JSON list (or JSON lines) of {"instruction": str, "input": str (
 import json
 import os
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +22,6 @@ IGNORE_INDEX = -100  # the label of a token that is not trained on; what torch's
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _TOKENIZER_BATCH = 2000  # examples; enough to keep all cores busy, few enough for the progress bar to move
-_VAL_SEED = 42  # fixed apart from --seed: runs with different seeds hold out the same examples
 
 
 def load_examples(data_path: str, need_output: bool = True) -> list[dict[str, str]]:
@@ -39,23 +37,22 @@ def load_examples(data_path: str, need_output: bool = True) -> list[dict[str, st
         records = _read_hub(data_path)
     else:
         what = "is a directory" if os.path.isdir(data_path) else "does not exist"
-        raise ExpectedError(
-            f"--data_path {data_path} {what}; give a .json or .jsonl file, or a Hub data set such as tatsu-lab/alpaca",
-            ExitCode.DATA,
-        )
+        choice = "give a .json or .jsonl file, or a Hub data set such as tatsu-lab/alpaca"
+        raise _bad_data(f"--data_path {data_path} {what}; {choice}")
     optional = ("input",) if need_output else ("input", "output")
     faults = [(index, fault) for index, record in enumerate(records) if (fault := _fault(record, optional))]
     if faults:
         shown = "; ".join(f"record {index}: {fault}" for index, fault in faults[:5])
         more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise ExpectedError(
-            f"{data_path}: {len(faults)} of {len(records)} records can't be used, counted from 0: {shown}{more}. "
-            "Mend or remove them",
-            ExitCode.DATA,
-        )
+        what = f"{len(faults)} of {len(records)} records can't be used, counted from 0"
+        raise _bad_data(f"{data_path}: {what}: {shown}{more}. Mend or remove them")
     if not records:
-        raise ExpectedError(f"{data_path} holds no examples; add some or choose another file", ExitCode.DATA)
+        raise _bad_data(f"{data_path} holds no examples; add some or choose another file")
     return [{key: r.get(key) or "" for key in ("instruction", "input", "output")} for r in records]
+
+
+def _bad_data(message: str) -> ExpectedError:
+    return ExpectedError(message, ExitCode.DATA)
 
 
 def _read_text(path: str) -> str:
@@ -63,11 +60,9 @@ def _read_text(path: str) -> str:
         with open(path, "rb") as file:
             return file.read().decode("utf-8-sig")  # in text mode large files would be copied twice more
     except UnicodeDecodeError as error:
-        raise ExpectedError(
-            f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8, or unpack it first", ExitCode.DATA
-        )
+        raise _bad_data(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8, or unpack it first")
     except PermissionError:
-        raise ExpectedError(f"{path} can't be read; check its permissions", ExitCode.DATA)
+        raise _bad_data(f"{path} can't be read; check its permissions")
 
 
 def _read_json(path: str) -> list[Any]:
@@ -75,16 +70,11 @@ def _read_json(path: str) -> list[Any]:
         records = json.loads(_read_text(path))
     except json.JSONDecodeError as error:
         hint = ". One object a line is called .jsonl: rename the file" if error.msg == "Extra data" else ""
-        raise ExpectedError(
-            f"{path} is not valid JSON: {error.msg} at line {error.lineno} column {error.colno}{hint}", ExitCode.DATA
-        )
+        raise _bad_data(f"{path} is not valid JSON: {error.msg} at line {error.lineno} column {error.colno}{hint}")
     except RecursionError:
-        raise ExpectedError(f"{path} is nested too deeply to be a list of examples", ExitCode.DATA)
+        raise _bad_data(f"{path} is nested too deeply to be a list of examples")
     if not isinstance(records, list):
-        raise ExpectedError(
-            f"{path} holds {_json_type(records)} where a list of examples is expected; wrap the examples in [ ]",
-            ExitCode.DATA,
-        )
+        raise _bad_data(f"{path} holds {_json_type(records)} where a list of examples is expected; wrap them in [ ]")
     return records
 
 
@@ -96,9 +86,7 @@ def _read_json_lines(path: str) -> list[Any]:
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise ExpectedError(
-                f"{path} is not valid JSON lines: {error.msg} at line {number} column {error.colno}", ExitCode.DATA
-            )
+            raise _bad_data(f"{path} is not valid JSON lines: {error.msg} at line {number} column {error.colno}")
     return records
 
 
@@ -109,10 +97,9 @@ def _read_hub(name: str) -> list[Any]:
         return datasets.load_dataset(name, split="train").to_list()
     except (OSError, ValueError, RuntimeError) as error:  # offline, unknown, private, made by a script
         reason = " ".join(str(error).split())[:300]
-        raise ExpectedError(
+        raise _bad_data(
             f"the Hub data set {name} can't be loaded ({type(error).__name__}: {reason}). Check the name and the "
-            "network (HF_HUB_OFFLINE, HF_TOKEN), or download its file and give --data_path that",
-            ExitCode.DATA,
+            "network (HF_HUB_OFFLINE, HF_TOKEN), or download its file and give --data_path that"
         )
 
 
@@ -202,7 +189,8 @@ def _row(texts: TokenizedTexts, index: int) -> dict[str, torch.Tensor]:
 
 
 class SupervisedDataset(Dataset):
-    """Examples for supervised fine-tuning: `dataset[i]` is {"input_ids": (T_i,), "labels": (T_i,)}, both int64.
+    """Examples for supervised fine-tuning: `dataset[i]` is {"input_ids": (T_i,), "labels": (T_i,)}, both int64, and
+    "record", its number in the data (from 0).
 
     Examples whose response is wholly cut away by the length limit would teach nothing; they are left out, and their
     record numbers kept in `dropped`. Raises ExpectedError (exit 3) on bad data or when no example is left.
@@ -214,21 +202,18 @@ class SupervisedDataset(Dataset):
         targets = [example["output"] + tokenizer.eos_token for example in examples]
         del examples  # their texts are in the two lists now, and ten times 52,000 of them are half a GB
         self.texts = tokenize(sources, targets, tokenizer)
-        taught = self.texts.lengths > self.texts.prompt_lengths
-        self.rows = np.flatnonzero(taught)  # record numbers of the examples kept
-        self.dropped = np.flatnonzero(~taught).tolist()
+        has_response = self.texts.lengths > self.texts.prompt_lengths
+        self.rows = np.flatnonzero(has_response)  # record numbers of the examples kept
+        self.dropped = np.flatnonzero(~has_response).tolist()
         if not len(self.rows):
-            raise ExpectedError(
-                f"{data_path}: no example has any of its response within {tokenizer.model_max_length} tokens; "
-                "raise --model_max_length",
-                ExitCode.DATA,
-            )
+            limit = f"within {tokenizer.model_max_length} tokens; raise --model_max_length"
+            raise _bad_data(f"{data_path}: no example has any of its response {limit}")
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return _row(self.texts, self.rows[index])
+        return {**_row(self.texts, self.rows[index]), "record": int(self.rows[index])}
 
     @property
     def lengths(self) -> np.ndarray:
@@ -240,31 +225,3 @@ class SupervisedDataset(Dataset):
         selected = object.__new__(SupervisedDataset)
         selected.texts, selected.rows, selected.dropped = self.texts, self.rows[indices], self.dropped
         return selected
-
-
-def split(dataset: SupervisedDataset, val_size: float) -> tuple[SupervisedDataset, SupervisedDataset | None]:
-    """Hold out `val_size` examples (a count, or a fraction below 1), the same ones in every run."""
-    if not val_size:
-        return dataset, None
-    count = round(val_size * len(dataset)) if val_size < 1 else int(val_size)
-    if val_size < 0 or (count != val_size and val_size >= 1) or not 0 < count < len(dataset):
-        raise ExpectedError(
-            f"--val_size {val_size:g} of {len(dataset)} examples leaves none to train on or none to evaluate on; "
-            "give a count or a fraction below 1",
-            ExitCode.USAGE,
-        )
-    order = np.random.default_rng(_VAL_SEED).permutation(len(dataset))
-    return dataset.select(np.sort(order[count:])), dataset.select(np.sort(order[:count]))
-
-
-def show_batch(dataset: SupervisedDataset, tokenizer: Any, count: int) -> None:
-    """Print examples as the model will see them; trained tokens in green on a terminal, in «» elsewhere."""
-    before, after = ("\033[32m", "\033[0m") if sys.stdout.isatty() and "NO_COLOR" not in os.environ else ("«", "»")
-    for index in range(min(count, len(dataset))):
-        input_ids, labels = dataset[index]["input_ids"], dataset[index]["labels"]
-        trained = int((labels != IGNORE_INDEX).sum())
-        print(f"--- record {dataset.rows[index]}: {len(input_ids)} tokens, {trained} of them trained on")
-        prompt, whole = tokenizer.decode(input_ids[:-trained]), tokenizer.decode(input_ids)
-        # A word that crosses the boundary decodes differently in two parts; then each part is shown for itself.
-        response = whole[len(prompt) :] if whole.startswith(prompt) else tokenizer.decode(input_ids[-trained:])
-        print(f"{prompt}{before}{response}{after}\n")

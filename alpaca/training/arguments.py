@@ -1,7 +1,7 @@
-"""The flags of train.py: its own, the Trainer's, and the spellings of 2023.
+"""The command line of train.py: its own flags, the Trainer's, and the spellings of 2023.
 
 `parse_arguments` turns a command line into the three argument classes, or into one line that says what is wrong with
-it, before anything is loaded. `choose_layers_to_wrap` settles FSDP's layer class once the model's config is known.
+it, before anything is loaded. `flags` declares those that --help shows.
 """
 
 import difflib
@@ -12,7 +12,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -23,122 +23,12 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import is_bitsandbytes_available, is_liger_kernel_available, is_torchao_available
 
 from alpaca.common import ExitCode, ExpectedError, notice
+from alpaca.training.flags import DataArguments, ModelArguments, TrainingFlags
 
 
 @dataclass
-class ModelArguments:
-    model_name_or_path: str = field(default="facebook/opt-125m", metadata={"help": "Model directory or Hub id."})
-    dtype: str = field(
-        default="float32",
-        metadata={
-            "help": "dtype of the trained weights. float32 is what 2023 used and what --bf16 True computes from; "
-            "bfloat16 and float16 halve the memory and round away small updates.",
-            "choices": ["float32", "bfloat16", "float16"],
-        },
-    )
-    attn_implementation: str | None = field(
-        default=None,
-        metadata={
-            "help": "Attention kernel: sdpa, eager, or flash_attention_2 and others whose packages are installed. "
-            "By default, each example by itself where the model allows that, else the library's choice."
-        },
-    )
-    pad_token: str | None = field(
-        default=None,
-        metadata={"help": "Pad with this existing token (such as '<unk>') where [PAD] would have been added."},
-    )
-    lora_r: int = field(
-        default=0, metadata={"help": "Train LoRA adapters of this rank, the model frozen; 0: all of it."}
-    )
-    lora_alpha: float = field(default=16, metadata={"help": "Adapters are scaled by lora_alpha / lora_r."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on what goes into the adapters; 0: none."})
-    lora_target_modules: str = field(
-        default="all-linear",
-        metadata={"help": "Which layers to adapt: names such as q_proj,v_proj, or all-linear (all but the output's)."},
-    )
-    lora_merge: bool = field(
-        default=False, metadata={"help": "Save the whole model too, adapters added in, in the directory merged."}
-    )
-
-
-@dataclass
-class DataArguments:
-    data_path: str | None = field(
-        default=None, metadata={"help": "Training data: a .json or .jsonl file, or a Hub data set (tatsu-lab/alpaca)."}
-    )
-    val_size: float = field(
-        default=0.0,
-        metadata={"help": "Hold out this many examples (or this fraction, below 1) and evaluate on them; 0: none."},
-    )
-    padding_free: bool = field(
-        default=True,
-        metadata={
-            "help": "Lay a micro-batch's examples end to end instead of padding them; a model that would mix them gets "
-            "padded batches all the same. False: padding, as in 2023."
-        },
-    )
-    balance_tokens: bool = field(
-        default=True,
-        metadata={
-            "help": "Regroup the examples of each optimizer step into micro-batches of nearly equal token counts. "
-            "False: micro-batches of per_device_train_batch_size examples, as in 2023."
-        },
-    )
-    show_batch: int = field(
-        default=0, metadata={"help": "Print this many examples, trained tokens told apart, and exit; 0: train."}
-    )
-
-
-SWITCH = {"nargs": "?", "const": True}  # `--flag` alone means `--flag True`, as for the library's own booleans
-
-
-@dataclass
-class TrainingArguments(transformers.TrainingArguments):
-    cache_dir: str | None = field(default=None, metadata={"help": "Where Hub downloads are kept."})
-    optim: str = field(default="adamw_torch", metadata={"help": "The optimizer; adamw_hf, gone since, is adamw_torch."})
-    model_max_length: int = field(default=512, metadata={"help": "Longer examples are cut on the right. In tokens."})
-
-    resume_from_checkpoint: str | None = field(
-        default=None,
-        metadata={
-            "help": "Go on from a checkpoint: a path, True (the newest whole one in --output_dir) or last (the same, "
-            "and a start from the beginning where there is none)."
-        },
-    )
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Keep a NaN loss out of the log. Here it stops the run."}
-    )
-    estimate_memory: bool = field(
-        default=False, metadata={"help": "Print what the run needs of each GPU's memory, from the config alone; exit."}
-    )
-    estimate_gpus: int | None = field(
-        default=None, metadata={"help": "Estimate for this many GPUs instead of the processes that are running."}
-    )
-    estimate_gib: float | None = field(
-        default=None, metadata={"help": "Compare the estimate with a GPU of this many GiB instead of the one present."}
-    )
-
-    # Spellings of 2023 that the library no longer knows. None: not given.
-    evaluation_strategy: str | None = field(default=None, metadata={"help": "2023 spelling of --eval_strategy."})
-    warmup_ratio: float | None = field(
-        default=None, metadata={"help": "2023 spelling of --warmup_steps as a fraction of all steps."}
-    )
-    no_cuda: bool | None = field(default=None, metadata={"help": "2023 spelling of --use_cpu.", **SWITCH})
-    group_by_length: bool | None = field(
-        default=None, metadata={"help": "2023 spelling of --train_sampling_strategy group_by_length.", **SWITCH}
-    )
-    fsdp_transformer_layer_cls_to_wrap: str | None = field(
-        default=None, metadata={"help": "2023 spelling of fsdp_config's transformer_layer_cls_to_wrap."}
-    )
-    logging_dir: str | None = field(
-        default=None, metadata={"help": "TensorBoard's directory; today the variable TENSORBOARD_LOGGING_DIR."}
-    )
-    overwrite_output_dir: bool | None = field(
-        default=None, metadata={"help": "Accepted; had no effect in 2023.", **SWITCH}
-    )
-    save_safetensors: bool | None = field(
-        default=None, metadata={"help": "Accepted; weights are always safetensors.", **SWITCH}
-    )
+class TrainingArguments(TrainingFlags, transformers.TrainingArguments):
+    """The Trainer's arguments and this project's; those of `flags.TrainingFlags` are declared there."""
 
     def __post_init__(self):
         map_old_spellings(self)
@@ -181,7 +71,7 @@ class TrainingArguments(transformers.TrainingArguments):
             needed.append((f"optim {optim}", "bitsandbytes"))
         if needed:
             flag, package = needed[0]
-            raise ExpectedError(f"--{flag} needs the package: pip install {package}", ExitCode.USAGE)
+            raise wrong_usage(f"--{flag} needs the package: pip install {package}")
 
     def _train_on_cpu(self) -> None:
         if not self.use_cpu and not self.estimate_memory:
@@ -193,14 +83,13 @@ class TrainingArguments(transformers.TrainingArguments):
 
     def _read_fsdp(self) -> None:
         """--fsdp "full_shard auto_wrap offload" → fsdp=True and fsdp_config, the form that today's library keeps."""
-        words = self.fsdp.split() if isinstance(self.fsdp, str) else ["full_shard"] if self.fsdp else []
-        words = ["full_shard"] if words in (["True"], ["true"]) else [] if words in (["False"], ["false"]) else words
+        usual = {"true": "full_shard", "false": "", "none": ""}
+        words = usual.get(str(self.fsdp).lower(), str(self.fsdp)).split()
         unknown = set(words) - {"full_shard", "shard_grad_op", "auto_wrap", "offload"}
         if unknown:
-            raise ExpectedError(
+            raise wrong_usage(
                 f"--fsdp {self.fsdp!r}: FSDP2 has full_shard, shard_grad_op, auto_wrap and offload, not "
-                f'{", ".join(sorted(unknown))}; the usual value is --fsdp "full_shard auto_wrap"',
-                ExitCode.USAGE,
+                f'{", ".join(sorted(unknown))}; the usual value is --fsdp "full_shard auto_wrap"'
             )
         wrap = self.fsdp_transformer_layer_cls_to_wrap
         if not words:
@@ -209,16 +98,15 @@ class TrainingArguments(transformers.TrainingArguments):
             self.fsdp = self.fsdp_config = None
             return
         if self.deepspeed:
-            raise ExpectedError("--fsdp and --deepspeed are two ways to shard; give one of them", ExitCode.USAGE)
+            raise wrong_usage("--fsdp and --deepspeed are two ways to shard; give one of them")
         config = read_json_flag("fsdp_config", self.fsdp_config)
         config = {name.removeprefix("fsdp_"): value for name, value in config.items()}
         if wrap:
             names = [name.strip() for name in wrap.split(",")]
             if config.get("transformer_layer_cls_to_wrap", names) not in (names, wrap):
-                raise ExpectedError(
+                raise wrong_usage(
                     f"--fsdp_transformer_layer_cls_to_wrap {wrap} contradicts --fsdp_config, which says "
-                    f"{config['transformer_layer_cls_to_wrap']}; give one of them",
-                    ExitCode.USAGE,
+                    f"{config['transformer_layer_cls_to_wrap']}; give one of them"
                 )
             config["transformer_layer_cls_to_wrap"] = names
             self.fsdp_transformer_layer_cls_to_wrap = None
@@ -237,15 +125,14 @@ class TrainingArguments(transformers.TrainingArguments):
         if not self.deepspeed:
             return
         if "WORLD_SIZE" not in os.environ:
-            raise ExpectedError(
-                "--deepspeed needs a launcher, for one process too: torchrun --nproc_per_node=1 train.py …",
-                ExitCode.USAGE,
+            raise wrong_usage(
+                "--deepspeed needs a launcher, even for one process: torchrun --nproc_per_node=1 train.py …"
             )
         config = self.zero_config
         try:
             import deepspeed
         except ImportError:
-            raise ExpectedError("--deepspeed needs the package: pip install deepspeed", ExitCode.USAGE)
+            raise wrong_usage("--deepspeed needs the package: pip install deepspeed")
         if "scheduler" in config:
             notice(f"the scheduler block of {self.deepspeed} overrides --lr_scheduler_type {self.lr_scheduler_type}")
         zero = config.get("zero_optimization", {})
@@ -272,7 +159,7 @@ RENAMED_FLAGS: dict[str, tuple[str, Callable[[Any], Any]]] = {
 def map_old_spellings(args: TrainingArguments) -> None:
     """Give the flags of 2023 their meaning, say today's spelling once, and refuse contradictions with it."""
     if args.warmup_ratio is not None and not 0 <= args.warmup_ratio <= 1:
-        raise ExpectedError(f"--warmup_ratio {args.warmup_ratio} is not a fraction between 0 and 1", ExitCode.USAGE)
+        raise wrong_usage(f"--warmup_ratio {args.warmup_ratio} is not a fraction between 0 and 1")
     defaults = {f.name: f.default for f in fields(args)}
     for old, (new, translate) in RENAMED_FLAGS.items():
         value = getattr(args, old)
@@ -298,9 +185,12 @@ def map_old_spellings(args: TrainingArguments) -> None:
         notice("--save_safetensors has no effect: weights are always saved as safetensors")
 
 
-def contradiction(old: str, old_value: Any, new: str, new_value: Any) -> ExpectedError:
-    message = f"--{old} {old_value} contradicts --{new} {new_value}, its spelling today; give one of them"
+def wrong_usage(message: str) -> ExpectedError:
     return ExpectedError(message, ExitCode.USAGE)
+
+
+def contradiction(old: str, old_value: Any, new: str, new_value: Any) -> ExpectedError:
+    return wrong_usage(f"--{old} {old_value} contradicts --{new} {new_value}, its spelling today; give one of them")
 
 
 def read_json_flag(name: str, value: str | dict | None) -> dict[str, Any]:
@@ -313,7 +203,7 @@ def read_json_flag(name: str, value: str | dict | None) -> dict[str, Any]:
         with open(value, encoding="utf-8") as file:
             return json.load(file)
     except (OSError, ValueError) as error:
-        raise ExpectedError(f"--{name} {value}: {error}; give a JSON file or a JSON object", ExitCode.USAGE)
+        raise wrong_usage(f"--{name} {value}: {error}; give a JSON file or a JSON object")
 
 
 def check_precision(bf16: bool, tf32: bool | None, gpu: str, capability: tuple[int, int]) -> None:
@@ -321,19 +211,21 @@ def check_precision(bf16: bool, tf32: bool | None, gpu: str, capability: tuple[i
     if capability >= (8, 0):
         return
     if bf16:
-        raise ExpectedError(f"--bf16 True: {gpu} has no bf16 arithmetic; use --fp16 True", ExitCode.USAGE)
+        raise wrong_usage(f"--bf16 True: {gpu} has no bf16 arithmetic; use --fp16 True")
     if tf32:
-        raise ExpectedError(f"--tf32 True: {gpu} has no tf32 arithmetic; leave the flag out", ExitCode.USAGE)
+        raise wrong_usage(f"--tf32 True: {gpu} has no tf32 arithmetic; leave the flag out")
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
     """Raises ExpectedError (exit 2) for anything wrong with the command line, before anything is loaded."""
     argv = list(sys.argv[1:] if argv is None else argv)
     # Abbreviations are off: a typing error must not become another flag.
-    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), allow_abbrev=False)
+    types = (ModelArguments, DataArguments, TrainingArguments)
+    parser = HfArgumentParser(types, usage="train.py <flags>", allow_abbrev=False, add_help=False)
+    parser.add_argument("--help_all", "--help-all", action="help", help="List all flags and exit.")
 
     def fail(message: str) -> None:
-        raise ExpectedError(f"{message}; python train.py --help lists the flags", ExitCode.USAGE)
+        raise wrong_usage(f"{message}; python train.py --help lists the flags")
 
     parser.error = fail
     values, unknown = parser.parse_known_args(argv)
@@ -367,40 +259,25 @@ def describe_unknown(unknown: list[str], known: list[str]) -> str:
     return f"unknown flag {flag}" + (f" ({near[0]}?)" if near else "")
 
 
-def layer_class_names(config: transformers.PretrainedConfig) -> tuple[list[str], set[str], list[str]]:
-    """A model's repeated layer classes, all its module classes, and those that it declares for sharding.
+def correct_layer_names(args: TrainingArguments, config: transformers.PretrainedConfig) -> None:
+    """Write the layer classes that FSDP is told to wrap as the model does; told none, it takes the model's own.
 
-    Built on the meta device: no weights are read or allocated.
+    Raises ExpectedError (exit 2) for a name that no module of the model has, before any weights are read.
     """
+    wanted = (args.fsdp_config or {}).get("transformer_layer_cls_to_wrap")
+    if not wanted:
+        return
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
-    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    layers = sorted({type(layer).__name__ for modules in lists for layer in modules})
-    return layers, {type(module).__name__ for module in model.modules()}, list(model._no_split_modules or layers)
-
-
-def choose_layers_to_wrap(args: TrainingArguments, config: transformers.PretrainedConfig) -> None:
-    """Settle which layer class FSDP wraps: the model's own when none is given, a name's case corrected.
-
-    Raises ExpectedError (exit 2) for a name that no module of the model has.
-    """
-    by_layer = "TRANSFORMER_BASED_WRAP"
-    if args.fsdp_config is None or args.fsdp_config.get("auto_wrap_policy", by_layer) != by_layer:
-        return
-    layers, modules, declared = layer_class_names(config)
-    wanted = args.fsdp_config.get("transformer_layer_cls_to_wrap") or [n for n in declared if n in modules]
-    names = []
-    for name in wanted:
-        match = name if name in modules else {n.lower(): n for n in modules}.get(name.lower())
-        if match is None:
-            raise ExpectedError(
+    classes = {name.lower(): name for name in (type(module).__name__ for module in model.modules())}
+    for name in (names := [wanted] if isinstance(wanted, str) else wanted):
+        if name.lower() not in classes:
+            raise wrong_usage(
                 f"--fsdp_transformer_layer_cls_to_wrap {name}: this {config.model_type} model has no such class; its "
-                f"layers are {', '.join(layers)}. Leave the flag out to use them",
-                ExitCode.USAGE,
+                f"layers are {', '.join(sorted(model._no_split_modules))}. Leave the flag out to use them"
             )
-        if match != name:
-            notice(f"--fsdp_transformer_layer_cls_to_wrap {name} is written {match} in transformers; {match} is used")
-        names.append(match)
-    args.fsdp_config["transformer_layer_cls_to_wrap"] = names
+        if (right := classes[name.lower()]) != name:
+            notice(f"--fsdp_transformer_layer_cls_to_wrap {name} is written {right} in transformers; {right} is used")
+    args.fsdp_config["transformer_layer_cls_to_wrap"] = names = [classes[name.lower()] for name in names]
     if args.fsdp:
         args.fsdp_plugin_args["transformer_cls_names_to_wrap"] = ",".join(names)

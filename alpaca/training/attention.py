@@ -14,19 +14,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from alpaca.common import ExitCode, ExpectedError, notice, run_main  # noqa: F401
-from alpaca.data.examples import IGNORE_INDEX, SupervisedDataset, preprocess, show_batch  # noqa: F401
-from alpaca.prompts import PROMPT_DICT  # noqa: F401
-from alpaca.training.arguments import DataArguments, ModelArguments, TrainingArguments
-from alpaca.training.batches import (  # noqa: F401
-    BalancedBatchSampler,
-    DataCollatorForSupervisedDataset,
-    DataCollatorWithoutPadding,
-    make_supervised_data_module,
-    once_for_all_ranks,
-)
-from alpaca.training.models import from_pretrained  # noqa: F401
-from alpaca.training.special_tokens import complete_tokenizer, resize_embeddings, smart_tokenizer_and_embedding_resize  # noqa: F401
+from alpaca.common import notice
+from alpaca.training.arguments import TrainingArguments
+from alpaca.training.batches import DataCollatorForSupervisedDataset, DataCollatorWithoutPadding
+from alpaca.training.flags import DataArguments, ModelArguments
 
 BY_EXAMPLE = "sdpa_by_example"
 
@@ -109,8 +100,8 @@ def choose_collator(
     """
     if not data_args.padding_free:
         return DataCollatorForSupervisedDataset(tokenizer)
-    free = model_args.attn_implementation is None and not training_args.torch_compile
-    if free and keeps_examples_apart(config, BY_EXAMPLE):
+    may_choose = model_args.attn_implementation is None and not training_args.torch_compile
+    if may_choose and keeps_examples_apart(config, BY_EXAMPLE):
         model_args.attn_implementation = BY_EXAMPLE
         return DataCollatorWithoutPadding(with_lengths=True)
     if keeps_examples_apart(config):

@@ -1,18 +1,16 @@
 """What watches a training run: sharding, disk space, preemption, non-finite steps, throughput."""
 
+import itertools
 import math
 import os
 import re
 import signal
-import socket
 import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import psutil
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
@@ -20,24 +18,15 @@ from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_pt_utils import get_model_param_count
 
 from alpaca.common import ExitCode, ExpectedError, notice
-from alpaca.data.examples import SupervisedDataset
 from alpaca.training import checkpoints
-from alpaca.training.batches import once_for_all_ranks
+from alpaca.training.processes import gather_from_all_ranks, is_running, once_for_all_ranks, processes_beside_this
 
 # Dense bf16 peaks in TFLOP/s, from the vendors' data sheets (half of the figures "with sparsity"). The first name that
 # the device's name contains counts.
 DENSE_BF16_PEAKS = {
-    **{
-        "GB200": 2500,
-        "B200": 2250,
-        "GH200": 989,
-        "H200 NVL": 835,
-        "H200": 989,
-        "H100 PCIe": 756,
-        "H100 NVL": 835,
-        "H100": 989,
-    },
-    **{"H800": 989, "H20": 148, "A100": 312, "A800": 312, "A40": 150, "A30": 165, "A10G": 70, "A10": 125},
+    **{"GB200": 2500, "B200": 2250, "GH200": 989, "H200 NVL": 835, "H200": 989},
+    **{"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989, "H20": 148},
+    **{"A100": 312, "A800": 312, "A40": 150, "A30": 165, "A10G": 70, "A10": 125},
     **{"L40S": 362, "L40": 181, "L4": 121, "RTX 6000 Ada": 364, "RTX A6000": 155, "RTX 4090": 165, "RTX 3090": 71},
 }
 
@@ -62,9 +51,8 @@ class ShardingCheck(TrainerCallback):
         elif args.use_cpu:
             notice("--fsdp shards nothing on the CPU: the run is plain data-parallel, a whole model in each process")
         else:
-            raise ExpectedError(
-                "--fsdp was asked for, but the parameters are not sharded; check --fsdp_config", ExitCode.USAGE
-            )
+            what = "--fsdp was asked for, but the parameters are not sharded; check --fsdp_config"
+            raise ExpectedError(what, ExitCode.USAGE)
 
 
 class SpaceCheck(TrainerCallback):
@@ -77,21 +65,15 @@ class SpaceCheck(TrainerCallback):
         saved = trained if hasattr(model, "peft_config") else total
         # Sharded runs keep the weights twice, as shards to resume from and as a model. Adam keeps two states.
         checkpoint = word * (saved * (2 if args.fsdp or args.deepspeed else 1) + 2 * trained)
-        once_for_all_ranks(
-            lambda: checkpoints.check_space(
-                args.output_dir, checkpoint, word * total, saves_to_come(args, state), args.save_total_limit
-            )
-        )
+        sizes = (checkpoint, word * total, saves_to_come(args, state), args.save_total_limit)
+        once_for_all_ranks(lambda: checkpoints.check_space(args.output_dir, *sizes))
 
 
 def saves_to_come(args: Any, state: Any) -> int:
     """How many checkpoints this run will still write, its last one included."""
     epoch = math.ceil(state.max_steps / state.num_train_epochs)  # steps
-    every = {
-        "steps": state.save_steps,
-        "epoch": epoch,
-        "best": state.eval_steps if args.eval_strategy == "steps" else epoch,
-    }.get(args.save_strategy)
+    best = state.eval_steps if args.eval_strategy == "steps" else epoch
+    every = {"steps": state.save_steps, "epoch": epoch, "best": best}.get(args.save_strategy)
     return math.ceil((state.max_steps - state.global_step) / max(1, every)) if every else 0
 
 
@@ -121,7 +103,7 @@ class Preemption:
         """`peers`: the process ids that end this process by ending."""
         signals, self._wakeup = os.pipe()
         os.set_blocking(self._wakeup, False)
-        signal.signal(signal.SIGTERM, lambda *_: None)  # what Python hears of, it also writes to the wake-up pipe
+        signal.signal(signal.SIGTERM, lambda *_: None)  # a handler, or the pipe would get no byte
         signal.set_wakeup_fd(self._wakeup)
         threading.Thread(target=self._listen, args=(signals, peers), daemon=True).start()
 
@@ -147,37 +129,19 @@ class Preemption:
         os.close(self._wakeup)
 
 
-def processes_beside_this() -> list[int]:
-    """The process ids of the job's other ranks on this machine."""
-    if not dist.is_initialized():
-        return []
-    here, everyone = (socket.gethostname(), os.getpid()), [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, here)
-    return [pid for host, pid in everyone if host == here[0] and pid != here[1]]
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
 class StepWatch(TrainerCallback):
-    """Looks at every step before it changes the weights, with one small all-reduce.
+    """Checks every step before it changes the weights, with one small all-reduce.
 
     Stops the run when a loss or the gradient norm is not finite, ends it in good order after SIGTERM (`preempted` is
     then the checkpoint's directory), and counts tokens for the log.
     """
 
-    def __init__(self, train_dataset: SupervisedDataset):
-        self.train_dataset = train_dataset
+    def __init__(self):
         self.preemption = Preemption()
         self.preempted: str | None = None
         self.stop_now = False
-        self.micro_batches: list[
-            tuple[dict[str, torch.Tensor], torch.Tensor]
-        ] = []  # this rank's, of the step under way
+        # Record numbers and loss of each of this rank's micro-batches in the step under way.
+        self.micro_batches: list[tuple[list[int], torch.Tensor]] = []
         self.new_tokens = self.new_slots = 0  # this rank's, not yet added up; a slot holds a token or padding
         self.tokens, self.slots, self.seconds = 0, 0, 0.0  # of all ranks since the last log line
 
@@ -188,17 +152,15 @@ class StepWatch(TrainerCallback):
         self.peak = peak_flops(torch.cuda.get_device_name()) if args.device.type == "cuda" else None
         if self.peak:
             self.peak *= args.world_size
-        self.last_look = time.perf_counter()
+        self.counted_until = time.perf_counter()
 
-    def saw(self, inputs: dict[str, torch.Tensor], loss: torch.Tensor) -> None:
-        """Note a micro-batch and its loss."""
-        kept = {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
-        self.micro_batches.append((kept, loss.detach()))
+    def add_micro_batch(self, inputs: dict[str, torch.Tensor], records: list[int], loss: torch.Tensor) -> None:
+        self.micro_batches.append((records, loss.detach()))
         slots = inputs["input_ids"].numel()
         self.new_slots += slots
         self.new_tokens += inputs["attention_mask"].sum() if "attention_mask" in inputs else slots
 
-    def look(self, args, state, grad_norm: Any) -> None:
+    def check_step(self, args, state, grad_norm: Any) -> None:
         """Before the weights change: raises ExpectedError (exit 7) on every rank when they should not.
 
         `grad_norm` is the same on all ranks; None where it is not known yet.
@@ -217,21 +179,17 @@ class StepWatch(TrainerCallback):
         self.tokens, self.slots = self.tokens + tokens, self.slots + slots
         self.new_tokens = self.new_slots = 0
         now = time.perf_counter()
-        self.seconds += now - self.last_look
-        self.last_look = now
+        self.seconds += now - self.counted_until
+        self.counted_until = now
 
     def _describe(self, step: int, bad_losses: bool, grad_norm: Any) -> ExpectedError:
-        suspects = [batch for batch, loss in self.micro_batches if not (bad_losses and loss.isfinite())]
-        records = [records_of(suspects, self.train_dataset)]
-        if dist.is_initialized():
-            gathered = [None] * dist.get_world_size()
-            dist.all_gather_object(gathered, records[0])
-            records = gathered
+        suspects = [records for records, loss in self.micro_batches if not (bad_losses and loss.isfinite())]
+        records = sorted(set().union(*itertools.chain(*gather_from_all_ranks(suspects))))
         what = (
             "the loss is not finite in the micro-batches of" if bad_losses else f"the gradient norm is {grad_norm} over"
         )
         return ExpectedError(
-            f"step {step}: {what} records {', '.join(map(str, sorted(set().union(*records))))} (counted from 0). "
+            f"step {step}: {what} records {', '.join(map(str, records))} (counted from 0). "
             f"Stopped with the weights of step {step - 1}; look at these records, or lower --learning_rate",
             ExitCode.INTEGRITY,
         )
@@ -242,7 +200,7 @@ class StepWatch(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_save(self, args, state, control, **kwargs):
-        self.last_look = time.perf_counter()  # saving is no part of tokens/s
+        self.counted_until = time.perf_counter()  # saving is no part of tokens/s
 
     on_evaluate = on_save
 
@@ -267,22 +225,3 @@ class StepWatch(TrainerCallback):
             figures["mfu"] = self.flops_per_token * tokens_per_second / self.peak
         self.tokens, self.slots, self.seconds = 0, 0, 0.0
         return figures
-
-
-def records_of(batches: list[dict[str, torch.Tensor]], dataset: SupervisedDataset) -> set[int]:
-    """The record numbers of the examples in micro-batches, padded (B, T) or laid end to end (1, sum of T).
-
-    Found by their tokens: batches carry no record numbers. Records with the same tokens are all named.
-    """
-    texts = set()
-    for batch in batches:
-        if "attention_mask" in batch:
-            rows = [row[mask.bool()] for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
-        elif "position_ids" in batch:
-            starts = (batch["position_ids"][0] == 0).nonzero()[1:, 0].tolist()
-            rows = batch["input_ids"][0].tensor_split(starts)
-        else:
-            rows = batch["input_ids"]
-        texts |= {tuple(row.tolist()) for row in rows}
-    candidates = np.flatnonzero(np.isin(dataset.lengths, [len(text) for text in texts]))
-    return {int(dataset.rows[i]) for i in candidates if tuple(dataset[i]["input_ids"].tolist()) in texts}

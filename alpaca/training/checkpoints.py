@@ -110,18 +110,22 @@ def read_manifest(directory: str | os.PathLike) -> dict[str, Any]:
 
 def verify(directory: str | os.PathLike) -> dict[str, Any]:
     """Read every file of a directory and return its manifest. Raises ExpectedError (exit 7) that names what differs."""
-    directory, manifest = Path(directory), read_manifest(directory)
-    paths = [directory / name for name in manifest["files"]]
-    for path, entry in zip(paths, manifest["files"].values(), strict=True):
-        if not path.is_file():
-            raise ExpectedError(f"{directory} is damaged: {path.name} is missing", ExitCode.INTEGRITY)
-        if path.stat().st_size != entry["size"]:
-            sizes = f"{path.stat().st_size:,} bytes and not {entry['size']:,}"
-            raise ExpectedError(f"{directory} is damaged: {path.name} has {sizes}", ExitCode.INTEGRITY)
-    digests = _hash_all(paths, f"check {directory.name}")
-    for path, digest, entry in zip(paths, digests, manifest["files"].values(), strict=True):
-        if digest != entry["xxh3_128"]:
-            raise ExpectedError(f"{directory} is damaged: the contents of {path.name} changed", ExitCode.INTEGRITY)
+    manifest = read_manifest(directory)
+    files = {Path(directory, name): entry for name, entry in manifest["files"].items()}
+
+    def faults() -> Iterator[str]:
+        for path, entry in files.items():
+            if not path.is_file():
+                yield f"{path.name} is missing"
+            elif (size := path.stat().st_size) != entry["size"]:
+                yield f"{path.name} has {size:,} bytes and not {entry['size']:,}"
+        digests = _hash_all(list(files), f"check {Path(directory).name}")
+        for (path, entry), digest in zip(files.items(), digests, strict=True):
+            if digest != entry["xxh3_128"]:
+                yield f"the contents of {path.name} changed"
+
+    if fault := next(faults(), None):  # before anything is hashed, if a size says enough
+        raise ExpectedError(f"{directory} is damaged: {fault}", ExitCode.INTEGRITY)
     return manifest
 
 
@@ -169,15 +173,12 @@ def find_checkpoint(resume: str | bool | None, output_dir: str | os.PathLike, sh
         return None
     if resume not in (True, "True", "true", "last"):
         if not os.path.isdir(resume):
-            raise ExpectedError(
-                f"--resume_from_checkpoint {resume} is no directory; give a checkpoint, or last", ExitCode.USAGE
-            )
+            raise _wrong_usage(f"--resume_from_checkpoint {resume} is no directory; give a checkpoint, or last")
         try:
             manifest = verify(resume)
         except ExpectedError as error:
-            raise ExpectedError(
-                f"{error}; --resume_from_checkpoint last takes the newest whole one", ExitCode.INTEGRITY
-            )
+            hint = "--resume_from_checkpoint last takes the newest whole one"
+            raise ExpectedError(f"{error}; {hint}", ExitCode.INTEGRITY)
         return _usable(Path(resume), manifest, sharding)
     manifests = {}
     for path in checkpoints_in(output_dir):
@@ -187,36 +188,32 @@ def find_checkpoint(resume: str | bool | None, output_dir: str | os.PathLike, sh
             notice(f"{error}; skipped")
     for path in sorted(manifests, key=lambda path: manifests[path]["saved_at_ns"], reverse=True):
         try:
-            return _usable(path, verify(path), sharding)
+            manifest = verify(path)
         except ExpectedError as error:
-            if error.exit_code != ExitCode.INTEGRITY:
-                raise
             notice(f"{error}; skipped")
+        else:
+            return _usable(path, manifest, sharding)
     if resume != "last":
-        raise ExpectedError(
-            f"--resume_from_checkpoint {resume}: {output_dir} has no whole checkpoint; last would start from the "
-            "beginning",
-            ExitCode.USAGE,
-        )
+        what = f"--resume_from_checkpoint {resume}: {output_dir} has no whole checkpoint"
+        raise _wrong_usage(f"{what}; last would start from the beginning")
     notice(f"{output_dir} has no whole checkpoint to go on from; starting from the beginning")
     return None
 
 
+def _wrong_usage(message: str) -> ExpectedError:
+    return ExpectedError(message, ExitCode.USAGE)
+
+
 def _usable(directory: Path, manifest: dict[str, Any], sharding: str) -> str:
-    if manifest.get("sharding") not in ("none", "fsdp", "deepspeed"):
-        raise ExpectedError(f"{directory} holds a model and no training state; give a checkpoint-N", ExitCode.USAGE)
+    flags = {"none": "neither --fsdp nor --deepspeed", "fsdp": "--fsdp", "deepspeed": "--deepspeed"}
+    if (saved := manifest.get("sharding")) not in flags:
+        raise _wrong_usage(f"{directory} holds a model and no training state; give a checkpoint-N")
     if not manifest["has_optimizer"]:
-        raise ExpectedError(
-            f"{directory} holds no optimizer state (--save_only_model), and going on without it would be another run",
-            ExitCode.USAGE,
-        )
-    if manifest["sharding"] != sharding:
-        flags = {"none": "neither --fsdp nor --deepspeed", "fsdp": "--fsdp", "deepspeed": "--deepspeed"}
-        raise ExpectedError(
-            f"{directory} was saved with {flags[manifest['sharding']]} and this run has {flags[sharding]}; its "
-            "optimizer state only loads with the same",
-            ExitCode.USAGE,
-        )
+        why = "and going on without it would be another run"
+        raise _wrong_usage(f"{directory} holds no optimizer state (--save_only_model), {why}")
+    if saved != sharding:
+        what = f"{directory} was saved with {flags[saved]} and this run has {flags[sharding]}"
+        raise _wrong_usage(f"{what}; its optimizer state only loads with the same")
     if manifest["processes"] != (now := int(os.environ.get("WORLD_SIZE", "1"))):
         notice(
             f"{directory} was saved by {manifest['processes']} processes and goes on with {now}: the examples of a "

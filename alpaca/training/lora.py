@@ -6,23 +6,11 @@ from typing import Any
 import transformers
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from alpaca.common import ExitCode, ExpectedError, notice, run_main  # noqa: F401
-from alpaca.data.examples import IGNORE_INDEX, SupervisedDataset, preprocess, show_batch  # noqa: F401
-from alpaca.prompts import PROMPT_DICT  # noqa: F401
-from alpaca.training.arguments import ModelArguments, TrainingArguments
-from alpaca.training.batches import (  # noqa: F401
-    BalancedBatchSampler,
-    DataCollatorForSupervisedDataset,
-    DataCollatorWithoutPadding,
-    make_supervised_data_module,
-    once_for_all_ranks,
-)
+from alpaca.common import ExitCode, ExpectedError, notice
+from alpaca.training.arguments import TrainingArguments
 from alpaca.training.checkpoints import publish_model, stage_model, writing
-from alpaca.training.models import (
-    from_pretrained,  # noqa: F401
-    load_model,
-)
-from alpaca.training.special_tokens import complete_tokenizer, resize_embeddings, smart_tokenizer_and_embedding_resize  # noqa: F401
+from alpaca.training.flags import ModelArguments
+from alpaca.training.models import load_model
 
 
 def add_adapters(model: Any, model_args: ModelArguments, seed: int) -> Any:

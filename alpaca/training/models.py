@@ -5,18 +5,9 @@ from typing import Any
 import torch
 import transformers
 
-from alpaca.common import ExitCode, ExpectedError, notice, run_main  # noqa: F401
-from alpaca.data.examples import IGNORE_INDEX, SupervisedDataset, preprocess, show_batch  # noqa: F401
-from alpaca.prompts import PROMPT_DICT  # noqa: F401
-from alpaca.training.arguments import ModelArguments, TrainingArguments
-from alpaca.training.batches import (  # noqa: F401
-    BalancedBatchSampler,
-    DataCollatorForSupervisedDataset,
-    DataCollatorWithoutPadding,
-    make_supervised_data_module,
-    once_for_all_ranks,
-)
-from alpaca.training.special_tokens import complete_tokenizer, resize_embeddings, smart_tokenizer_and_embedding_resize  # noqa: F401
+from alpaca.common import ExitCode, ExpectedError, notice
+from alpaca.training.arguments import TrainingArguments
+from alpaca.training.flags import ModelArguments
 
 
 def from_pretrained(loader: Any, name: str, **options: Any) -> Any:

@@ -6,36 +6,30 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer
 
-from alpaca.common import ExitCode, ExpectedError, notice, run_main  # noqa: F401
-from alpaca.data.examples import IGNORE_INDEX, SupervisedDataset, preprocess, show_batch  # noqa: F401
-from alpaca.prompts import PROMPT_DICT  # noqa: F401
-from alpaca.training.batches import (  # noqa: F401
-    BalancedBatchSampler,
-    DataCollatorForSupervisedDataset,
-    DataCollatorWithoutPadding,
-    make_supervised_data_module,
-    once_for_all_ranks,
-)
+from alpaca.common import notice
+from alpaca.training.batches import BalancedBatchSampler, DataCollatorWithoutPadding
 from alpaca.training.callbacks import ProgressBar, ShardingCheck, SpaceCheck, StepWatch
 from alpaca.training.checkpoints import finish_checkpoint, publish_model, remove_checkpoint, stage_model, writing
 from alpaca.training.loss import use_lean_loss
-from alpaca.training.models import from_pretrained  # noqa: F401
-from alpaca.training.special_tokens import complete_tokenizer, resize_embeddings, smart_tokenizer_and_embedding_resize  # noqa: F401
+from alpaca.training.processes import once_for_all_ranks
 
 
 class AlpacaTrainer(Trainer):
     """The Trainer, with the examples of each optimizer step regrouped into micro-batches of equal token counts, steps
-    that are looked at before they change the weights, and saves that are whole or absent."""
+    that are checked before they change the weights, and saves that are whole or absent."""
 
     def __init__(self, *args, balance_tokens: bool, **kwargs):
         super().__init__(*args, **kwargs)
-        if not self.args.label_smoothing_factor:  # which the Trainer computes from all logits
+        self.args.remove_unused_columns = False  # "record" is for the collator, which asks for no more than it needs
+        self.data_collator.with_records = True
+        if not self.args.label_smoothing_factor:  # smoothing needs the logits of all tokens, the library's loss
             if isinstance(self.data_collator, DataCollatorWithoutPadding):
                 self.data_collator.responses_only = True
             if not self.args.use_liger_kernel:
-                use_lean_loss(getattr(self.model, "get_base_model", lambda: self.model)())  # without LoRA's wrapper
+                without_lora = getattr(self.model, "get_base_model", lambda: self.model)()
+                use_lean_loss(without_lora)
         self.balance_tokens = balance_tokens
-        self.watch = StepWatch(self.train_dataset)
+        self.watch = StepWatch()
         for callback in (ShardingCheck(), SpaceCheck(), self.watch):
             self.add_callback(callback)
         if self.pop_callback(ProgressCallback):
@@ -45,9 +39,7 @@ class AlpacaTrainer(Trainer):
         """The Trainer's order of examples, cut into steps as it cuts them; only the micro-batches are others."""
         args = self.args
         if self.balance_tokens and not self.model_accepts_loss_kwargs:
-            notice(
-                "this model averages its loss over each micro-batch, so they are left alone (--balance_tokens False)"
-            )
+            notice("this model averages its loss over each micro-batch; they stay as they are (--balance_tokens False)")
             self.balance_tokens = False
         if not self.balance_tokens:
             return super().get_train_dataloader()
@@ -72,25 +64,26 @@ class AlpacaTrainer(Trainer):
         return self.accelerator.prepare(loader)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        records = inputs.pop("records", [])
         outcome = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if model.training:
-            self.watch.saw(inputs, outcome[0] if return_outputs else outcome)
+            self.watch.add_micro_batch(inputs, records, outcome[0] if return_outputs else outcome)
             if self.is_deepspeed_enabled and self.accelerator.sync_gradients:
-                self.watch.look(self.args, self.state, None)  # its backward pass ends with the optimizer's step
+                self.watch.check_step(self.args, self.state, None)  # its backward pass ends with the optimizer's step
         return outcome
 
     def _get_grad_norm(self, model, grad_norm=None):
         """Called between the clipping of gradients and the optimizer's step."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
         grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
-        self.watch.look(self.args, self.state, grad_norm)
+        self.watch.check_step(self.args, self.state, grad_norm)
         return grad_norm
 
     def log(self, logs, start_time=None):
         super().log({**logs, **self.watch.figures()} if "loss" in logs else logs, start_time)
 
     def _run_epoch(self, **kwargs):
-        if self.state.global_step < self.state.max_steps:  # else a finished run was started again: nothing to train
+        if self.state.global_step < self.state.max_steps:  # not so when a finished run is started again
             super()._run_epoch(**kwargs)
 
     def _save_checkpoint(self, model, trial):

@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -10,9 +9,8 @@ import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from alpaca.common import ExpectedError
-from alpaca.data.examples import IGNORE_INDEX, SupervisedDataset, load_examples, preprocess, show_batch, split
+from alpaca.data.examples import IGNORE_INDEX, SupervisedDataset, load_examples, preprocess
 from alpaca.prompts import format_prompt
-from alpaca.training.batches import DataCollatorForSupervisedDataset
 from alpaca.training.special_tokens import complete_tokenizer
 from tests.conftest import ROOT, error_line, run
 
@@ -222,7 +220,7 @@ def tokenizer():
     return tokenizer
 
 
-def test_examples_that_teach_nothing_are_left_out_and_their_records_kept(tmp_path, tokenizer):
+def test_examples_without_a_response_are_left_out_and_their_records_kept(tmp_path, tokenizer):
     dataset = SupervisedDataset(write(tmp_path, AWKWARD), tokenizer)
     assert dataset.dropped == [9]  # the long prompt
     assert len(dataset) == len(AWKWARD) - 1
@@ -230,44 +228,10 @@ def test_examples_that_teach_nothing_are_left_out_and_their_records_kept(tmp_pat
     for index, length in enumerate(dataset.lengths):
         assert len(dataset[index]["input_ids"]) == length
         assert (dataset[index]["labels"] != IGNORE_INDEX).any()
+        assert dataset[index]["record"] == dataset.rows[index]
     with pytest.raises(ExpectedError, match="raise --model_max_length") as error:
         SupervisedDataset(write(tmp_path, [AWKWARD[9]]), tokenizer)
     assert error.value.exit_code == 3
-
-
-def test_collator_pads_on_the_right_and_masks_by_length(tmp_path, tokenizer):
-    tokenizer.pad_token = "<unk>"  # a pad token that may stand in the text too
-    ids = [[1, 0, 5, 2], [1, 7]]
-    batch = DataCollatorForSupervisedDataset(tokenizer)(
-        [{"input_ids": torch.tensor(i), "labels": torch.tensor([IGNORE_INDEX, *i[1:]])} for i in ids]
-    )
-    assert batch["input_ids"].tolist() == [[1, 0, 5, 2], [1, 7, 0, 0]]
-    assert batch["labels"].tolist() == [[-100, 0, 5, 2], [-100, 7, -100, -100]]
-    assert batch["attention_mask"].tolist() == [[True] * 4, [True, True, False, False]]
-
-
-def test_split_holds_out_the_same_examples_whatever_the_seed(tmp_path, tokenizer):
-    dataset = SupervisedDataset(write(tmp_path, [{**AWKWARD[0], "input": str(i)} for i in range(40)]), tokenizer)
-    train, held_out = split(dataset, 10)
-    torch.manual_seed(5)
-    np.random.seed(5)
-    again, held_out_again = split(dataset, 0.25)
-    assert (len(train), len(held_out)) == (30, 10)
-    assert sorted([*train.rows, *held_out.rows]) == list(range(40))
-    assert held_out.rows.tolist() == held_out_again.rows.tolist() and train.rows.tolist() == again.rows.tolist()
-    assert torch.equal(held_out[3]["input_ids"], dataset[held_out.rows[3]]["input_ids"])
-    assert split(dataset, 0) == (dataset, None)
-    for wrong in (40, 100, 1.5, -3, 0.001):
-        with pytest.raises(ExpectedError) as error:
-            split(dataset, wrong)
-        assert error.value.exit_code == 2
-
-
-def test_show_batch_tells_prompt_and_trained_tokens_apart(tmp_path, tokenizer, capsys):
-    show_batch(SupervisedDataset(write(tmp_path, AWKWARD[:2]), tokenizer), tokenizer, 3)
-    shown = capsys.readouterr().out
-    assert shown.count("--- record") == 2
-    assert f"<s> {format_prompt(AWKWARD[1])}«345</s>»" in shown
 
 
 def test_bad_data_ends_before_any_model_is_loaded(tmp_path, llama):

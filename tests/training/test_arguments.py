@@ -2,20 +2,18 @@
 
 import json
 import math
-import re
-import shlex
 import socket
-import subprocess
 
 import pytest
 import torch
+import transformers
 from accelerate.state import AcceleratorState
-from torch.distributed.run import get_args_parser
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 
 from alpaca.common import ExpectedError
 from alpaca.training import arguments
-from alpaca.training.arguments import check_precision, choose_layers_to_wrap, parse_arguments
-from tests.conftest import ROOT
+from alpaca.training.arguments import check_precision, correct_layer_names, parse_arguments
 
 NEEDED = ["--data_path", "x.json", "--output_dir", "out"]
 
@@ -148,32 +146,6 @@ def test_old_gpus_get_the_flag_that_they_can_do():
         check_precision(False, True, "Tesla V100-SXM2-16GB", (7, 0))
 
 
-def test_every_documented_command_parses():
-    """Those of the README and of the Slurm job, torchrun's flags too; "…" stands for flags shown elsewhere."""
-    job = ROOT / "configs" / "slurm.sh"
-    subprocess.run(["bash", "-n", job], check=True)
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    lines = "\n".join([*blocks, job.read_text()]).replace("\\\n", " ").splitlines()
-    parsed = 0
-    for line in lines:
-        if not re.match(r"(srun )?(torchrun|python) .*train\.py ", line):
-            continue
-        words = shlex.split(re.sub("<[^>]*>", "1", line.split(" && ")[0]), comments=True)
-        script = words.index("train.py")
-        if "torchrun" in words:
-            get_args_parser().parse_args(words[words.index("torchrun") + 1 : script + 1])
-        flags = words[script + 1 :]
-        if "--deepspeed" in flags:
-            flags.remove("--deepspeed")  # its value with it: a run of that command is a test of its own
-            flags.remove("./configs/default_offload_opt_param.json")
-        if "…" in flags:
-            flags.remove("…")
-            flags += NEEDED
-        parse_arguments(flags)
-        parsed += 1
-    assert parsed >= 9
-
-
 @pytest.fixture
 def under_torchrun(monkeypatch):
     """This process as the only one of a torchrun job, process group and all: enough for --fsdp to be kept."""
@@ -218,22 +190,32 @@ def test_fsdp_layer_flag_against_fsdp_config(under_torchrun, tmp_path):
 @pytest.mark.parametrize(
     ("family", "given", "wrapped"),
     [
-        ("llama", None, "LlamaDecoderLayer"),
         ("llama", "LlamaDecoderLayer", "LlamaDecoderLayer"),
         ("llama", "LLaMADecoderLayer", "LlamaDecoderLayer"),
-        ("opt", None, "OPTDecoderLayer"),
         ("opt", "OPTDecoderLayer", "OPTDecoderLayer"),
         ("opt", "LlamaDecoderLayer", None),
     ],
 )
-def test_layer_class_is_derived_corrected_or_refused(family, given, wrapped, under_torchrun, request, capsys):
-    config = arguments.transformers.AutoConfig.from_pretrained(request.getfixturevalue(family))
-    args = parse("--fsdp", "full_shard", *(["--fsdp_transformer_layer_cls_to_wrap", given] if given else []))
+def test_a_layer_class_is_corrected_or_refused(family, given, wrapped, under_torchrun, request, capsys):
+    config = transformers.AutoConfig.from_pretrained(request.getfixturevalue(family))
+    args = parse("--fsdp", "full_shard", "--fsdp_transformer_layer_cls_to_wrap", given)
     if wrapped is None:
         with pytest.raises(ExpectedError, match="its layers are OPTDecoderLayer") as error:
-            choose_layers_to_wrap(args, config)
+            correct_layer_names(args, config)
         assert error.value.exit_code == 2
         return
-    choose_layers_to_wrap(args, config)
+    correct_layer_names(args, config)
     assert args.fsdp_plugin_args["transformer_cls_names_to_wrap"] == wrapped
     assert ("is written LlamaDecoderLayer" in capsys.readouterr().err) == (given == "LLaMADecoderLayer")
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_without_the_flag_the_models_own_layers_are_wrapped(family, under_torchrun, request):
+    directory = request.getfixturevalue(family)
+    args = parse("--fsdp", "full_shard auto_wrap")
+    correct_layer_names(args, transformers.AutoConfig.from_pretrained(directory))
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory)
+    plugin = FullyShardedDataParallelPlugin(**args.fsdp_plugin_args)
+    wrapped = [module for module in model.modules() if fsdp2_prepare_auto_wrap_policy(plugin, model)(module)]
+    assert len(wrapped) == model.config.num_hidden_layers
+    assert {type(layer).__name__ for layer in wrapped} == set(model._no_split_modules)

@@ -8,7 +8,6 @@ import pytest
 
 from alpaca.common import ExitCode, ExpectedError
 from alpaca.training import checkpoints
-from alpaca.training.callbacks import peak_flops
 
 FACTS = {"sharding": "none", "processes": 1, "has_optimizer": True}
 
@@ -137,20 +136,3 @@ def test_the_disk_must_hold_one_checkpoint_more_than_are_kept(tmp_path, monkeypa
     make_checkpoint(tmp_path, 1)
     make_checkpoint(tmp_path, 2)
     checkpoints.check_space(tmp_path, checkpoint=900, model=100, to_come=50, limit=2)  # two have their place already
-
-
-@pytest.mark.parametrize(
-    ("name", "tflops"),
-    [
-        ("NVIDIA A100-SXM4-80GB", 312),
-        ("NVIDIA H100 80GB HBM3", 989),
-        ("NVIDIA H100 PCIe", 756),
-        ("NVIDIA H200", 989),
-        ("NVIDIA GH200 480GB", 989),
-        ("NVIDIA L40S", 362),
-        ("NVIDIA A10G", 70),
-        ("NVIDIA RTX A4000", None),
-    ],
-)
-def test_peaks(name, tflops):
-    assert peak_flops(name) == (tflops and tflops * 1e12)

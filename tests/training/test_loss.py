@@ -11,6 +11,7 @@ import train
 from alpaca.data.examples import IGNORE_INDEX
 from alpaca.training import loss
 from alpaca.training.batches import DataCollatorForSupervisedDataset, DataCollatorWithoutPadding
+from tests.training.courses import assert_same_course
 
 VOCABULARY = 601
 LABELS = torch.tensor([[-100, -100, 5, 6, 7, 600, -100], [-100, 0, 1, -100, -100, -100, -100]])
@@ -114,8 +115,10 @@ def test_a_run_has_the_librarys_losses(chunk, options, monkeypatch, tmp_path):
     plain = trainer(transformers.Trainer, tmp_path, **{**options, "padding_free": False})
     ours = trainer(train.AlpacaTrainer, tmp_path, **options)
     expected = curve(plain)
-    assert torch.allclose(curve(ours), expected, rtol=1e-4, atol=1e-5) and len(expected) == 6
-    assert ours.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], abs=1e-4)
+    for figure, of_library in zip(curve(ours).T.tolist(), expected.T.tolist(), strict=True):  # losses, gradient norms
+        assert len(figure) == 6
+        assert_same_course(figure, of_library)
+    assert ours.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=3e-3)
 
 
 class LargestLogits(TorchDispatchMode):

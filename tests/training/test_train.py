@@ -1,4 +1,4 @@
-"""train.py as a user runs it: the README's commands, one process and two, sharded and not."""
+"""train.py as a user runs it: the commands of 2023, one process and two, sharded and not."""
 
 import json
 import re
@@ -6,18 +6,18 @@ import shlex
 import shutil
 
 import pytest
-import safetensors.torch
 import torch
 import transformers
 
 from tests.conftest import ROOT, run
 from tests.training import forked
+from tests.training.courses import assert_same_changes, assert_same_course, losses, weights
 
-# The commands of 2023: of the README's commands, those with a flag that only 2023 spelled like this.
-README_COMMANDS = [
+COMMANDS_OF_2023 = [
     shlex.split(block.replace("\\\n", " "))
-    for block in re.findall(r"```bash\n(torchrun .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    if "--evaluation_strategy" in block
+    for block in re.findall(
+        r"```bash\n(torchrun .*?)```", (ROOT / "tests" / "training" / "commands_of_2023.md").read_text(), re.DOTALL
+    )
 ]
 RECIPE = [
     *("--per_device_train_batch_size", "2", "--learning_rate", "2e-4", "--lr_scheduler_type", "cosine"),
@@ -33,17 +33,9 @@ def data(tmp_path_factory):
     return path
 
 
-def losses(directory):
-    return [e["loss"] for e in json.loads((directory / "trainer_state.json").read_text())["log_history"] if "loss" in e]
-
-
 def rates(directory):
     log = json.loads((directory / "trainer_state.json").read_text())["log_history"]
     return [entry["learning_rate"] for entry in log if "loss" in entry]
-
-
-def weights(directory):
-    return safetensors.torch.load_file(directory / "model.safetensors")
 
 
 def assert_loadable(directory, base):
@@ -71,21 +63,15 @@ def one_process(llama, data, tmp_path_factory):
     return out
 
 
-def test_the_readme_shows_the_commands_of_2023():
-    text = (ROOT / "README.md").read_text()
-    for flag in (
-        '--fsdp "full_shard auto_wrap"',
-        "--fsdp_transformer_layer_cls_to_wrap 'LLaMADecoderLayer'",
-        "--fsdp_transformer_layer_cls_to_wrap 'OPTDecoderLayer'",
-        '--fsdp "full_shard auto_wrap offload"',
-        '--deepspeed "./configs/default_offload_opt_param.json"',
-    ):
-        assert flag in text
-    assert len(README_COMMANDS) == 4
+def test_all_commands_of_2023_are_there():
+    text = " ".join(word for command in COMMANDS_OF_2023 for word in command)
+    assert len(COMMANDS_OF_2023) == 4
+    for value in ("LLaMADecoderLayer", "OPTDecoderLayer", "auto_wrap offload", "default_offload_opt_param.json"):
+        assert value in text
 
 
-def readme_run(command, llama, opt, out):
-    """Run a README command with nothing changed but paths, ports and process counts, and fewer, smaller steps."""
+def run_as_written(command, llama, opt, out):
+    """Run a command of 2023 with nothing changed but paths, ports and process counts, and fewer, smaller steps."""
     assert command[0] == "torchrun" and "train.py" in command
     arguments = command[command.index("train.py") :]
     model = opt if "OPTDecoderLayer" in arguments else llama
@@ -98,9 +84,9 @@ def readme_run(command, llama, opt, out):
     return result.stderr
 
 
-@pytest.mark.parametrize("command", [c for c in README_COMMANDS if "--deepspeed" not in c], ids=lambda c: c[-3])
-def test_readme_command(command, llama, opt, tmp_path):
-    said = readme_run(list(command), llama, opt, tmp_path / "out")
+@pytest.mark.parametrize("command", [c for c in COMMANDS_OF_2023 if "--deepspeed" not in c], ids=lambda c: c[-3])
+def test_a_command_of_2023(command, llama, opt, tmp_path):
+    said = run_as_written(list(command), llama, opt, tmp_path / "out")
     for line in (
         "--evaluation_strategy no is spelled --eval_strategy no today",
         "--warmup_ratio 0.03 is spelled --warmup_steps 0.03 today",
@@ -119,7 +105,7 @@ def test_other_processes_and_other_batches_take_the_same_steps(processes, batche
         flags += ["--padding_free", "False", "--balance_tokens", "False"]
     out = tmp_path / "out"
     forked.run_train(out, "--model_name_or_path", llama, "--data_path", data, *RECIPE, *flags, processes=processes)
-    assert losses(out) == pytest.approx(losses(one_process), abs=1e-5)
+    assert_same_course(losses(out), losses(one_process))
 
 
 def test_fsdp_shards_trains_saves_and_resumes(one_process, llama, data, tmp_path):
@@ -135,10 +121,10 @@ def test_fsdp_shards_trains_saves_and_resumes(one_process, llama, data, tmp_path
     )
     assert total == sum(tensor.numel() for tensor in weights(one_process).values())
     assert 0.49 < local / total < 0.51
-    assert losses(tmp_path / "out") == pytest.approx(losses(one_process), abs=1e-5)
+    assert_same_course(losses(tmp_path / "out"), losses(one_process))
     assert_loadable(tmp_path / "out", llama)
-    whole, single = weights(tmp_path / "out"), weights(one_process)
-    assert all(torch.allclose(whole[name], single[name], atol=2e-5) for name in single)
+    whole = weights(tmp_path / "out")
+    assert_same_changes(whole, weights(one_process), weights(llama))
 
     shutil.copytree(tmp_path / "out" / "checkpoint-2", tmp_path / "checkpoint-2")
     flags += ["--resume_from_checkpoint", tmp_path / "checkpoint-2"]
@@ -159,13 +145,12 @@ def test_zero_3_with_both_offloads(one_process, llama, opt, data, tmp_path):
         timeout=600,
     )
     assert result.returncode == 0, result.stderr[-20000:]
-    assert losses(tmp_path / "out") == pytest.approx(losses(one_process), abs=1e-4)
+    assert_same_course(losses(tmp_path / "out"), losses(one_process))
     assert rates(tmp_path / "out")[1:] == pytest.approx([2e-4 * 0.75, 2e-4 * 0.25, 0], rel=1e-6)  # the cosine's
     assert_loadable(tmp_path / "out", llama)
-    whole, single = weights(tmp_path / "out"), weights(one_process)
-    assert all(torch.allclose(whole[name], single[name], atol=1e-4) for name in single)
-    command = next(command for command in README_COMMANDS if "--deepspeed" in command)
-    readme_run(list(command), llama, opt, tmp_path / "readme")
+    assert_same_changes(weights(tmp_path / "out"), weights(one_process), weights(llama))
+    command = next(command for command in COMMANDS_OF_2023 if "--deepspeed" in command)
+    run_as_written(list(command), llama, opt, tmp_path / "of_2023")
 
 
 def test_weights_are_trained_in_float32_whatever_the_checkpoint(llama, data, tmp_path):

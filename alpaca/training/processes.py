@@ -1,0 +1,49 @@
+"""What the processes of one job do together."""
+
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+import torch.distributed as dist
+
+from alpaca.common import ExpectedError
+
+
+def once_for_all_ranks(build: Callable[[], Any]) -> Any:
+    """Call `build` on rank 0 alone and give every rank its result, or the ExpectedError that it raised."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return build()
+    outcome = [None]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [build()]
+        except ExpectedError as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[0], ExpectedError):
+        raise outcome[0]
+    return outcome[0]
+
+
+def gather_from_all_ranks(value: Any) -> list[Any]:
+    """Every rank's value, by rank."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def processes_beside_this() -> list[int]:
+    """The process ids of the job's other ranks on this machine."""
+    here, this = socket.gethostname(), os.getpid()
+    return [pid for host, pid in gather_from_all_ranks((here, this)) if host == here and pid != this]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

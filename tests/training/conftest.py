@@ -1,0 +1,61 @@
+"""What several files here train on: a tokenizer, few examples, small models."""
+
+import json
+import random
+
+import pytest
+import torch
+import transformers
+
+from alpaca.data.examples import SupervisedDataset
+from alpaca.training.special_tokens import complete_tokenizer
+from tests.conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Two threads that wait for each other on busy cores take many times as long as one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    tokenizer = transformers.AutoTokenizer.from_pretrained(ROOT / "configs" / "llama_tiny", model_max_length=160)
+    complete_tokenizer(tokenizer, "<unk>")
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def few_records(tmp_path_factory):
+    """21 examples: with 8 a step, two full steps and one of five."""
+    records = json.loads((ROOT / "alpaca_data.json").read_text())
+    path = tmp_path_factory.mktemp("data") / "21.json"
+    path.write_text(json.dumps(random.Random(0).sample(records, 21)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def examples(few_records, tokenizer):
+    return SupervisedDataset(str(few_records), tokenizer)
+
+
+def tiny(tokenizer, kind="llama", attention="sdpa", dtype=torch.float32):
+    """A model of two narrow layers whose random weights are so large that a wrong token would show."""
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.AutoConfig.for_model(kind, **sizes, initializer_range=0.2)
+    narrow = {
+        "intermediate_size": 32,
+        "ffn_dim": 32,
+        "word_embed_proj_dim": 32,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }
+    for name, value in narrow.items():
+        if hasattr(config, name):
+            setattr(config, name, value)
+    transformers.set_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
+    return model.eval()  # no dropout
