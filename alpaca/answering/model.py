@@ -172,27 +172,25 @@ def stream(
     def generate() -> None:
         try:
             with _one_at_a_time, torch.inference_mode():
-                torch.manual_seed(sampling.seed)
-                model.generate(
-                    input_ids=input_ids,
-                    attention_mask=torch.ones_like(input_ids),
-                    stopping_criteria=[after_token],
-                    **sampling.options(),
-                )
+                if not stopped.is_set():
+                    torch.manual_seed(sampling.seed)
+                    model.generate(
+                        input_ids=input_ids,
+                        attention_mask=torch.ones_like(input_ids),
+                        stopping_criteria=[after_token],
+                        **sampling.options(),
+                    )
             progress.put(None)
         except BaseException as error:
             progress.put(error)
 
     threading.Thread(target=generate).start()
     text = ""
-    try:
-        while (news := progress.get()) is not None:
-            if isinstance(news, BaseException):
-                raise news
-            text = news
-            if not text.endswith("\ufffd"):  # otherwise a character of which not all bytes are there yet
-                yield text
-        if text.endswith("\ufffd"):
+    while (news := progress.get()) is not None:
+        if isinstance(news, BaseException):
+            raise news
+        text = news
+        if not text.endswith("\ufffd"):  # otherwise a character of which not all bytes are there yet
             yield text
-    finally:
-        stopped.set()
+    if text.endswith("\ufffd"):
+        yield text

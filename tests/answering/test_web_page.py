@@ -211,6 +211,7 @@ def test_notice_and_examples(page):
 
 
 def test_nothing_is_asked_of_the_outside(chromium, server):
+    chromium.get("about:blank")
     for log in ("performance", "browser"):  # what came before
         chromium.get_log(log)
     page = Page(chromium, server[1])
