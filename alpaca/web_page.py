@@ -51,6 +51,8 @@ class Question:
         """Wait for the whole answer, in a thread of its own."""
         try:
             for text in ask(example, sampling, self.stopped):
+                if self.stopped.is_set():
+                    return
                 self.text, self.status = text, ANSWERING
             self.status = DONE
         except ExpectedError as error:
@@ -133,7 +135,9 @@ def build(ask: Ask, sampling: Any, limit: int) -> gradio.Blocks:
                 example = gradio.Button(values[0], size="sm", elem_id=f"example-{number}")
                 example.click(lambda values=values: values, None, [instruction, text_input], api_visibility="private")
         at_once = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        gradio.on([ask_button.click, instruction.submit], start, [instruction, text_input, *controls], **at_once)
+        asking = [ask_button.click, instruction.submit]
+        gradio.on(asking, None, None, [response, status], js=f"() => ['', '{WAITING}']", api_visibility="private")
+        gradio.on(asking, start, [instruction, text_input, *controls], **at_once)
         stop_button.click(stop, **at_once)
         page.load(show, None, [response, status], show_progress="hidden", api_visibility="private")
         page.unload(leave)

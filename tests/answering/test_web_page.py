@@ -148,7 +148,8 @@ def test_with_the_keyboard_alone(page):
         page.keys(Keys.TAB)
     for _ in range(2):  # stopping leaves the model free for the next question
         page.keys(QUESTION, Keys.ENTER)
-        first = page.wait(lambda: page.text("response"))
+        page.wait(lambda: page.status() == "Answering …")
+        first = page.text("response")
         page.wait(lambda first=first: len(page.text("response")) > len(first))
         assert page.text("response").startswith(first) and page.status() == "Answering …"
         page.keys(Keys.TAB, Keys.TAB, Keys.TAB)
