@@ -65,9 +65,9 @@ class Question:
 def build(ask: Ask, sampling: Any, limit: int) -> gradio.Blocks:
     """The page. `sampling` is where its controls start, `limit` the longest answer in tokens.
 
-    All that a page shows comes through one stream, which is open as long as the page is. One stream a question, which
-    Gradio would cancel on Stop, loses questions: it drops one asked before the server has ended the last, and closes the
-    stream of one asked at the moment of that end.
+    All that a page shows comes through one stream, which is open as long as the page is. With a stream for each
+    question, cancelled on Stop, Gradio loses questions: it drops one asked before the server has ended the last, and
+    closes the stream of one asked at the moment of that end.
     """
     asked: dict[str, Question] = {}  # by page
 
