@@ -16,8 +16,9 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 import inference
+from tests.answering.asking import mistake
 from tests.answering.browser import start_browser
-from tests.conftest import ROOT, run
+from tests.conftest import ROOT
 
 QUESTION = "Go on for ever."
 
@@ -157,6 +158,15 @@ def test_the_answer_is_the_one_of_the_command_line(page, eight_tokens):
     assert page.text("response") == eight_tokens
 
 
+def test_a_new_question_takes_the_place_of_the_answer_under_way(page, eight_tokens):
+    page.type("#instruction textarea", QUESTION + "\n")
+    page.wait(lambda: page.text("response"))
+    page.set_length(8)
+    page.find("button#answer").click()
+    page.wait(lambda: page.status() == "Done.")
+    assert page.text("response") == eight_tokens
+
+
 def test_mistakes_are_said_on_the_page(page, eight_tokens):
     page.type("#instruction textarea", " \n")
     page.wait(lambda: page.status() == "Not answered: the instruction is empty; say what to do.")
@@ -225,9 +235,7 @@ def test_ctrl_c_ends_it_in_the_middle_of_an_answer(chromium, endless, tmp_path):
         page.wait(lambda: page.text("response"))
 
 
-def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(server, tmp_path):
+def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(server, tmp_path, monkeypatch, capsys):
     port = server[1].rstrip("/").rpartition(":")[2]
-    result = run("inference.py", "--model_name_or_path", tmp_path, "--serve", "--port", port)
-    assert result.returncode == 2 and result.stderr == (
-        f"error: --port {port}: Address already in use; choose another port\n"
-    )
+    code, line = mistake(monkeypatch, capsys, "--model_name_or_path", tmp_path, "--serve", "--port", port)
+    assert code == 2 and line == f"error: --port {port}: Address already in use; choose another port\n"
