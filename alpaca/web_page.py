@@ -1,5 +1,6 @@
 """The page that `inference.py --serve` opens. It needs gradio, which nothing else in this project does."""
 
+import asyncio
 import contextlib
 import dataclasses
 import os
@@ -38,26 +39,65 @@ def check_port(port: int) -> None:
         raise ExpectedError(f"--port {port}: {error.strerror}; choose another port", ExitCode.USAGE)
 
 
-def build(ask: Ask, sampling: Any, limit: int) -> gradio.Blocks:
-    """The page. `sampling` is where its controls start, `limit` the longest answer in tokens."""
+@dataclasses.dataclass
+class Question:
+    """What a page asked last, and how far its answer is."""
 
-    def respond(instruction, text_input, max_new_tokens, temperature, top_p, seed):
-        example = {"instruction": (instruction or "").strip(), "input": (text_input or "").strip()}
-        stopped = threading.Event()
-        text = ""
+    status: str = WAITING
+    text: str = ""
+    stopped: threading.Event = dataclasses.field(default_factory=threading.Event)
+
+    def follow(self, ask: Ask, example: dict[str, str], sampling: Any) -> None:
+        """Wait for the whole answer, in a thread of its own."""
         try:
-            wanted = dataclasses.replace(
-                sampling, max_new_tokens=int(max_new_tokens), temperature=temperature, top_p=top_p, seed=int(seed or 0)
-            )
-            answer = ask(example, wanted, stopped)
-            yield text, ANSWERING
-            for text in answer:
-                yield text, ANSWERING
-            yield text, DONE
+            for text in ask(example, sampling, self.stopped):
+                if self.stopped.is_set():
+                    return
+                self.text, self.status = text, ANSWERING
+            self.status = DONE
         except ExpectedError as error:
-            yield "", f"Not answered: {error}."
-        finally:  # also when Stop, or a page that was closed, ends this generator from outside
-            stopped.set()
+            self.status = f"Not answered: {error}."
+        except BaseException as error:
+            self.status = f"Not answered: {type(error).__name__}; the terminal says more."
+            raise
+
+
+def build(ask: Ask, sampling: Any, limit: int) -> gradio.Blocks:
+    """The page. `sampling` is where its controls start, `limit` the longest answer in tokens.
+
+    All that a page shows comes through one stream, which is open as long as the page is. With a stream for each
+    question, cancelled on Stop, Gradio loses questions: it drops one asked before the server has ended the last, and
+    closes the stream of one asked at the moment of that end.
+    """
+    asked: dict[str, Question] = {}  # by page
+
+    def start(instruction, text_input, max_new_tokens, temperature, top_p, seed, request: gradio.Request):
+        stop(request)
+        example = {"instruction": (instruction or "").strip(), "input": (text_input or "").strip()}
+        wanted = dataclasses.replace(
+            sampling, max_new_tokens=int(max_new_tokens), temperature=temperature, top_p=top_p, seed=int(seed or 0)
+        )
+        asked[request.session_hash] = question = Question()
+        threading.Thread(target=question.follow, args=(ask, example, wanted), daemon=True).start()
+
+    def stop(request: gradio.Request):
+        question = asked.get(request.session_hash)
+        if question and question.status in (WAITING, ANSWERING):
+            question.stopped.set()
+
+    async def show(request: gradio.Request):
+        shown = None
+        while True:
+            if question := asked.get(request.session_hash):
+                now = question.text, STOPPED if question.stopped.is_set() else question.status
+                if now != shown:
+                    shown = now
+                    yield now
+            await asyncio.sleep(0.05)
+
+    def leave(request: gradio.Request):
+        stop(request)
+        asked.pop(request.session_hash, None)
 
     with gradio.Blocks(title="Alpaca", analytics_enabled=False) as page:
         gradio.Markdown(NOTICE)
@@ -94,29 +134,14 @@ def build(ask: Ask, sampling: Any, limit: int) -> gradio.Blocks:
             for number, values in enumerate(EXAMPLES):
                 example = gradio.Button(values[0], size="sm", elem_id=f"example-{number}")
                 example.click(lambda values=values: values, None, [instruction, text_input], api_visibility="private")
-        asked = [ask_button.click, instruction.submit]
-        # In the browser, at once; `respond` may have to wait for others' answers.
-        gradio.on(asked, None, None, [response, status], js=f"() => ['', '{WAITING}']", api_visibility="private")
-        answering = gradio.on(
-            asked,
-            respond,
-            [instruction, text_input, *controls],
-            [response, status],
-            api_visibility="private",
-            show_progress="hidden",
-            trigger_mode="once",
-        )
-        stopping = stop_button.click(None, cancels=[answering], api_visibility="private")
-        stopping.then(
-            lambda status: STOPPED if status in (WAITING, ANSWERING) else status,
-            status,
-            status,
-            queue=False,
-            show_progress="hidden",
-            api_visibility="private",
-        )
-    # The model answers one at a time; others wait in line.
-    return page.queue(max_size=32, default_concurrency_limit=1)
+        at_once = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        asking = [ask_button.click, instruction.submit]
+        gradio.on(asking, None, None, [response, status], js=f"() => ['', '{WAITING}']", api_visibility="private")
+        gradio.on(asking, start, [instruction, text_input, *controls], **at_once)
+        stop_button.click(stop, **at_once)
+        page.load(show, None, [response, status], show_progress="hidden", api_visibility="private")
+        page.unload(leave)
+    return page.queue(default_concurrency_limit=None)
 
 
 def serve(ask: Ask, sampling: Any, limit: int, port: int) -> None:

@@ -28,19 +28,14 @@ class Sampling:
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments of `generate`. top_k is off: it would otherwise be 50 without anyone asking."""
-        if self.temperature < 0.001:  # 0, or so little that logits divided by it overflow
-            return {"max_new_tokens": self.max_new_tokens, "do_sample": False}
-        return {
-            "max_new_tokens": self.max_new_tokens,
-            "do_sample": True,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": 0,
-        }
+        options = {"max_new_tokens": self.max_new_tokens, "do_sample": False}
+        if self.temperature >= 0.001:  # below that, logits divided by it may overflow
+            options |= {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        return options
 
 
-WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
-TOKENIZERS = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"}
+WEIGHT_ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
+TOKENIZER_FILES = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"}
 
 
 def check_directory(path: str) -> None:
@@ -52,9 +47,9 @@ def check_directory(path: str) -> None:
     stem = "adapter_model" if is_adapter else ("model", "pytorch_model")
     if not is_adapter and "config.json" not in names:
         lacks = "no model: neither config.json nor adapter_config.json"
-    elif not any(name.startswith(stem) and name.endswith(WEIGHTS) for name in names):
+    elif not any(name.startswith(stem) and name.endswith(WEIGHT_ENDINGS) for name in names):
         lacks = "no weights (model*.safetensors or pytorch_model*.bin; of an adapter adapter_model.safetensors)"
-    elif not is_adapter and not names & TOKENIZERS:
+    elif not is_adapter and not names & TOKENIZER_FILES:
         lacks = "no tokenizer (tokenizer.json or tokenizer.model)"
     elif "weight_diff.json" in names and jload(os.path.join(path, "weight_diff.json")).get("kind") == "diff":
         lacks = "a weight diff and no model: python weight_diff.py recover makes one of it"
@@ -78,7 +73,9 @@ class Reader:
         if not example["instruction"].strip():
             raise ExpectedError("the instruction is empty; say what to do", ExitCode.DATA)
         prompt = format_prompt(example)
-        if not prompt.isascii() and any("\ud800" <= character <= "\udfff" for character in prompt):
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:  # half of a surrogate pair
             raise ExpectedError("the text is not valid Unicode; retype it", ExitCode.DATA)
         ids = self.tokenizer(prompt, return_token_type_ids=False)["input_ids"]
         if self.context_length is not None and len(ids) + max_new_tokens > self.context_length:
@@ -104,7 +101,7 @@ def load_reader(path: str) -> Reader:
         import peft
 
         base = from_pretrained(peft.PeftConfig, path).base_model_name_or_path
-        if not TOKENIZERS & set(os.listdir(path)):
+        if not TOKENIZER_FILES & set(os.listdir(path)):
             path = base
     # Length is checked by `encode`; the tokenizer's own limit is training's, and would only warn.
     tokenizer = from_pretrained(transformers.AutoTokenizer, path, padding_side="left", model_max_length=sys.maxsize)
@@ -155,7 +152,7 @@ def answer(model: Any, reader: Reader, prompts: list[list[int]], sampling: Sampl
     return [reader.decode(row) for row in ids[:, batch["input_ids"].shape[1] :].tolist()]
 
 
-_one_at_a_time = threading.Lock()  # an answer that was stopped still finishes its token; the next one waits for that
+_generating = threading.Lock()  # one answer at a time; one that was stopped still finishes its token
 
 
 def stream(
@@ -171,28 +168,26 @@ def stream(
 
     def generate() -> None:
         try:
-            with _one_at_a_time, torch.inference_mode():
-                torch.manual_seed(sampling.seed)
-                model.generate(
-                    input_ids=input_ids,
-                    attention_mask=torch.ones_like(input_ids),
-                    stopping_criteria=[after_token],
-                    **sampling.options(),
-                )
+            with _generating, torch.inference_mode():
+                if not stopped.is_set():
+                    torch.manual_seed(sampling.seed)
+                    model.generate(
+                        input_ids=input_ids,
+                        attention_mask=torch.ones_like(input_ids),
+                        stopping_criteria=[after_token],
+                        **sampling.options(),
+                    )
             progress.put(None)
         except BaseException as error:
             progress.put(error)
 
     threading.Thread(target=generate).start()
     text = ""
-    try:
-        while (news := progress.get()) is not None:
-            if isinstance(news, BaseException):
-                raise news
-            text = news
-            if not text.endswith("\ufffd"):  # otherwise a character of which not all bytes are there yet
-                yield text
-        if text.endswith("\ufffd"):
+    while (news := progress.get()) is not None:
+        if isinstance(news, BaseException):
+            raise news
+        text = news
+        if not text.endswith("\ufffd"):  # otherwise a character of which not all bytes are there yet
             yield text
-    finally:
-        stopped.set()
+    if text.endswith("\ufffd"):
+        yield text

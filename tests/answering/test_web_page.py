@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -17,7 +16,9 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 import inference
-from tests.conftest import ROOT, run
+from tests.answering.asking import mistake
+from tests.answering.browser import start_browser
+from tests.conftest import ROOT
 
 QUESTION = "Go on for ever."
 
@@ -58,19 +59,7 @@ def server(endless, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory):
-    browser, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
-    if not (browser and driver):
-        pytest.fail("this test drives a real browser: install Chromium and ChromeDriver, as README.md says")
-    options = webdriver.ChromeOptions()
-    options.binary_location = browser
-    for flag in (
-        *("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking"),
-        *("disable-component-update", "disable-sync", "disable-dev-shm-usage", "window-size=1000,1100"),
-        f"user-data-dir={tmp_path_factory.mktemp('profile')}",
-    ):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-    started = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    started = start_browser(tmp_path_factory.mktemp("profile"))
     yield started
     started.quit()
 
@@ -148,7 +137,8 @@ def test_with_the_keyboard_alone(page):
         page.keys(Keys.TAB)
     for _ in range(2):  # stopping leaves the model free for the next question
         page.keys(QUESTION, Keys.ENTER)
-        first = page.wait(lambda: page.text("response"))
+        page.wait(lambda: page.status() == "Answering …")
+        first = page.text("response")
         page.wait(lambda first=first: len(page.text("response")) > len(first))
         assert page.text("response").startswith(first) and page.status() == "Answering …"
         page.keys(Keys.TAB, Keys.TAB, Keys.TAB)
@@ -162,6 +152,15 @@ def test_with_the_keyboard_alone(page):
 
 def test_the_answer_is_the_one_of_the_command_line(page, eight_tokens):
     page.type("#instruction textarea", QUESTION)
+    page.set_length(8)
+    page.find("button#answer").click()
+    page.wait(lambda: page.status() == "Done.")
+    assert page.text("response") == eight_tokens
+
+
+def test_a_new_question_takes_the_place_of_the_answer_under_way(page, eight_tokens):
+    page.type("#instruction textarea", QUESTION + "\n")
+    page.wait(lambda: page.text("response"))
     page.set_length(8)
     page.find("button#answer").click()
     page.wait(lambda: page.status() == "Done.")
@@ -211,6 +210,7 @@ def test_notice_and_examples(page):
 
 
 def test_nothing_is_asked_of_the_outside(chromium, server):
+    chromium.get("about:blank")
     for log in ("performance", "browser"):  # what came before
         chromium.get_log(log)
     page = Page(chromium, server[1])
@@ -235,9 +235,7 @@ def test_ctrl_c_ends_it_in_the_middle_of_an_answer(chromium, endless, tmp_path):
         page.wait(lambda: page.text("response"))
 
 
-def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(server, tmp_path):
+def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(server, tmp_path, monkeypatch, capsys):
     port = server[1].rstrip("/").rpartition(":")[2]
-    result = run("inference.py", "--model_name_or_path", tmp_path, "--serve", "--port", port)
-    assert result.returncode == 2 and result.stderr == (
-        f"error: --port {port}: Address already in use; choose another port\n"
-    )
+    code, line = mistake(monkeypatch, capsys, "--model_name_or_path", tmp_path, "--serve", "--port", port)
+    assert code == 2 and line == f"error: --port {port}: Address already in use; choose another port\n"
