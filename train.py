@@ -54,12 +54,12 @@ __all__ = [
 def estimate_memory(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
     config = from_pretrained(transformers.AutoConfig, model_args.model_name_or_path, cache_dir=training_args.cache_dir)
     collator = choose_collator(config, None, model_args, data_args, training_args)
-    padding_free = isinstance(collator, DataCollatorWithoutPadding)
-    plan = memory.read_plan(model_args, training_args, padding_free)
+    plan = memory.read_plan(model_args, training_args, packed=isinstance(collator, DataCollatorWithoutPadding))
     present = torch.cuda.get_device_properties(0).total_memory / memory.GIB if torch.cuda.is_available() else None
+    if dist.is_initialized():
+        dist.destroy_process_group()  # the simulation makes one of its own
     if training_args.process_index == 0:
-        shape = memory.read_shape(config, model_args.lora_target_modules)
-        print(memory.describe(shape, plan, training_args.estimate_gib or present))
+        print(memory.describe(config, plan, training_args.estimate_gib or present))
 
 
 def train() -> None:

@@ -35,6 +35,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 from transformers import HfArgumentParser, Trainer, TrainerCallback
@@ -136,12 +137,13 @@ def measure(way: str, flags: str, bench: argparse.Namespace) -> dict[str, Any]:
             trainer.train()
             losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         cuda = args.device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         # The estimate for the fullest micro-batch that there was, laid end to end or padded to one width.
         rows = args.per_device_train_batch_size if collator is padded else 1
-        plan = memory.read_plan(model_args, args, padding_free=collator is not padded)
-        plan = dataclasses.replace(plan, batch_size=rows, length=max(slots) // rows)
-        shape = memory.read_shape(config, model_args.lora_target_modules)
-        peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        plan = memory.read_plan(model_args, args, packed=collator is not padded)
+        layout = dataclasses.replace(plan.layout, batch_size=rows, length=max(slots) // rows)
+        if dist.is_initialized():
+            dist.destroy_process_group()  # the simulation makes one of its own
         return {
             "seconds": clock.seconds,
             "losses": losses,
@@ -149,7 +151,7 @@ def measure(way: str, flags: str, bench: argparse.Namespace) -> dict[str, Any]:
             "tokens": int(data.lengths.sum()),
             "parameters": model.num_parameters(),
             "peak_gib": peak / 2**30,
-            "estimated_gib": memory.estimate(shape, plan)["total"],
+            "estimated_gib": memory.estimate(config, dataclasses.replace(plan, layout=layout))["total"],
             "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
         }
 

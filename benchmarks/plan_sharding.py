@@ -3,7 +3,7 @@
     python benchmarks/plan_sharding.py                                # LLaMA-7B, one to four nodes of eight GPUs
     python benchmarks/plan_sharding.py --model_name_or_path <dir> --mfu 0.45 --nodes 1 2 --node_links 25
 
-Nothing is measured here. Sizes and memory are those of `train.py --estimate_memory`, the rest is this arithmetic:
+Nothing is measured here. Memory is that of `train.py --estimate_memory`, simulated; the rest is this arithmetic:
 
 - A micro-batch gathers the bf16 weights in its forward pass and, with full_shard, again in its backward pass;
   shard_grad_op keeps them in between. The last of a step scatters the gradients, with sync_each_batch every one does.
@@ -19,6 +19,7 @@ too: train.py does not offer it. The last line is JSON, with all rows; the table
 """
 
 import argparse
+import functools
 import itertools
 import json
 import sys
@@ -31,14 +32,16 @@ sys.path.insert(0, str(ROOT))
 import transformers
 
 from alpaca.training import memory
+from alpaca.training.attention import BY_EXAMPLE
 from alpaca.training.callbacks import peak_flops
+from alpaca.training.simulation import Layout
 
 # Name → memory in GiB as CUDA reports it, NVLink in GB/s in each direction (the vendor's data sheets give both
 # directions together: 600 for the A100, 900 for the H100 and the H200).
 GPUS = {"A100": (79.2, 300), "H100": (79.2, 450), "H200": (139.8, 450)}
 GPUS_PER_NODE = 8
 LONGEST = 512  # tokens of an example, the recipe's model_max_length
-WEIGHT_BYTES, COMPUTE_BYTES = 4, 2  # float32 weights, bf16 compute, gathers and scatters
+COMPUTE_BYTES = 2  # bf16 compute, gathers and scatters; the weights are float32
 
 
 @dataclass(frozen=True)
@@ -86,39 +89,62 @@ def seconds_and_bytes(parameters: int, tokens: float, cluster: Cluster, setting:
     return {"bytes": moved, "communication_s": moved / cluster.link, "compute_s": compute, "step_s": step}
 
 
-def memory_gib(shape: memory.Shape, tokens: float, cluster: Cluster, setting: Setting) -> float:
-    """Of the fullest micro-batch: balanced ones are within a tenth of the mean, or hold one longest example."""
-    plan = memory.Plan(
-        gpus=cluster.gpus,
-        engine="fsdp",
-        sharded="weights" if setting.reshard else "gradients",
-        weight_bytes=WEIGHT_BYTES,
-        compute_bytes=COMPUTE_BYTES,
-        batch_size=1,
-        length=max(LONGEST, round(1.1 * tokens)),
-        accumulation=setting.accumulation,
-        sync_each_batch=setting.sync_each_batch,
-        checkpointing=setting.checkpointing,
+def memory_gib(config: transformers.PretrainedConfig, tokens: float, cluster: Cluster, setting: Setting) -> float:
+    """Of the fullest micro-batch: balanced ones are within a tenth of the mean, or hold one longest example.
+
+    Memory grows in proportion to the tokens, so two sizes are simulated for each setting.
+    """
+    flags = (
+        cluster.gpus,
+        setting.reshard,
+        min(setting.accumulation, 2),
+        setting.sync_each_batch,
+        setting.checkpointing,
     )
-    return memory.estimate(shape, plan)["total"]
+    few, many = (simulated_gib(config, length, *flags) for length in (LONGEST, 4 * LONGEST))
+    length = max(LONGEST, 1.1 * tokens)
+    return few + (many - few) * (length - LONGEST) / (3 * LONGEST)
 
 
-def options(shape: memory.Shape, cluster: Cluster, examples_per_step: int, tokens_per_example: float) -> list[dict]:
+@functools.cache
+def simulated_gib(
+    config: transformers.PretrainedConfig, length: int, gpus: int, reshard: bool, accumulation: int, *flags: bool
+) -> float:
+    sync_each_batch, checkpointing = flags
+    layout = Layout(
+        gpus=gpus,
+        fsdp=True,
+        reshard=reshard,
+        compute_dtype="bfloat16",
+        batch_size=length // LONGEST,
+        length=LONGEST,
+        accumulation=accumulation,
+        sync_each_batch=sync_each_batch,
+        attention=BY_EXAMPLE,
+        checkpointing=checkpointing,
+    )
+    return memory.estimate(config, memory.Plan(layout))["total"]
+
+
+def options(
+    config: transformers.PretrainedConfig, cluster: Cluster, examples_per_step: int, tokens_per_example: float
+) -> list[dict]:
     """For each size of micro-batch the fastest setting that fits (of equally fast ones the first), and which to take.
 
     Recommended is the smallest micro-batch whose step is within 2 % of the fastest: where communication can be hidden,
     the smallest that hides it.
     """
     rows = []
+    parameters = memory.count_parameters(config, Layout())[0]
     share = examples_per_step // cluster.gpus  # examples of one GPU in a step
     for micro_batch in (size for size in range(1, share + 1) if share % size == 0):
         tokens = micro_batch * tokens_per_example
         fitting = []
         for flags in itertools.product((True, False), (False, True), (False, True)):  # the plainest first
             setting = Setting(micro_batch, share // micro_batch, *flags)
-            gib = memory_gib(shape, tokens, cluster, setting)
-            if gib <= (1 - memory.HEADROOM) * cluster.gib:
-                times = seconds_and_bytes(shape.parameters, tokens, cluster, setting)
+            gib = memory_gib(config, tokens, cluster, setting)
+            if gib <= (1 - memory.ALLOWANCE) * cluster.gib:
+                times = seconds_and_bytes(parameters, tokens, cluster, setting)
                 row = {"micro_batch": micro_batch, "tokens": tokens, "flags": str(setting), "gib": gib, **times}
                 fitting.append(row | {"hidden": times["step_s"] < 1.0001 * times["compute_s"]})
         if fitting:
@@ -157,10 +183,10 @@ def main() -> None:
     config = transformers.LlamaConfig()  # the library's defaults are LLaMA-7B's sizes
     if args.model_name_or_path:
         config = transformers.AutoConfig.from_pretrained(args.model_name_or_path)
-    shape = memory.read_shape(config, "all-linear")
+    parameters = memory.count_parameters(config, Layout())[0]
     columns = "GPUs", "ring, GB/s", "micro-batch, examples (mean tokens)", "flags", "GB a step to one GPU"
     columns += "through one card", "communication s", "compute s", "hidden", "memory, GiB", "step s", ""
-    print(f"{shape.parameters / 1e9:.2f}e9 parameters, {args.examples_per_step} examples a step\n")
+    print(f"{parameters / 1e9:.2f}e9 parameters, {args.examples_per_step} examples a step\n")
     print("| " + " | ".join(columns) + " |\n|" + " --- |" * len(columns))
     result = []
     for nodes, name in itertools.product(args.nodes, args.gpu):
@@ -169,7 +195,7 @@ def main() -> None:
             link = args.link_efficiency * ring_speed(nvlink, node_link, nodes)
             cluster = Cluster(nodes * GPUS_PER_NODE, args.mfu * peak_flops(name), 1e9 * link, gib)
             where = f"{nodes} × 8 {name}" + (f", {node_link:g} GB/s a card" if nodes > 1 else "")
-            for row in options(shape, cluster, args.examples_per_step, args.tokens_per_example):
+            for row in options(config, cluster, args.examples_per_step, args.tokens_per_example):
                 result.append({"where": where, "ring_gb_s": link, **row})
                 if nodes > 1 and not row.get("recommended"):
                     continue
@@ -181,7 +207,7 @@ def main() -> None:
                     f"{'yes' if row['hidden'] else 'no'} | {row['gib']:.1f} | {row['step_s']:.3f} | "
                     f"{'recommended' if row.get('recommended') else ''} |"
                 )
-    print(json.dumps({"parameters": shape.parameters, "mfu": args.mfu, "rows": result}))
+    print(json.dumps({"parameters": parameters, "mfu": args.mfu, "rows": result}))
 
 
 if __name__ == "__main__":
