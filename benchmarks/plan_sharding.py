@@ -23,6 +23,7 @@ import functools
 import itertools
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,10 +90,10 @@ def seconds_and_bytes(parameters: int, tokens: float, cluster: Cluster, setting:
     return {"bytes": moved, "communication_s": moved / cluster.link, "compute_s": compute, "step_s": step}
 
 
-def memory_gib(config: transformers.PretrainedConfig, tokens: float, cluster: Cluster, setting: Setting) -> float:
+def memory_gib(simulated: Callable[..., float], tokens: float, cluster: Cluster, setting: Setting) -> float:
     """Of the fullest micro-batch: balanced ones are within a tenth of the mean, or hold one longest example.
 
-    Memory grows in proportion to the tokens, so two sizes are simulated for each setting.
+    Memory grows in proportion to the tokens, so two sizes are simulated for each setting (`simulated_gib`).
     """
     flags = (
         cluster.gpus,
@@ -101,12 +102,11 @@ def memory_gib(config: transformers.PretrainedConfig, tokens: float, cluster: Cl
         setting.sync_each_batch,
         setting.checkpointing,
     )
-    few, many = (simulated_gib(config, length, *flags) for length in (LONGEST, 4 * LONGEST))
+    few, many = (simulated(length, *flags) for length in (LONGEST, 4 * LONGEST))
     length = max(LONGEST, 1.1 * tokens)
     return few + (many - few) * (length - LONGEST) / (3 * LONGEST)
 
 
-@functools.cache
 def simulated_gib(
     config: transformers.PretrainedConfig, length: int, gpus: int, reshard: bool, accumulation: int, *flags: bool
 ) -> float:
@@ -136,13 +136,14 @@ def options(
     """
     rows = []
     parameters = memory.count_parameters(config, Layout())[0]
+    simulated = functools.cache(functools.partial(simulated_gib, config))
     share = examples_per_step // cluster.gpus  # examples of one GPU in a step
     for micro_batch in (size for size in range(1, share + 1) if share % size == 0):
         tokens = micro_batch * tokens_per_example
         fitting = []
         for flags in itertools.product((True, False), (False, True), (False, True)):  # the plainest first
             setting = Setting(micro_batch, share // micro_batch, *flags)
-            gib = memory_gib(config, tokens, cluster, setting)
+            gib = memory_gib(simulated, tokens, cluster, setting)
             if gib <= (1 - memory.ALLOWANCE) * cluster.gib:
                 times = seconds_and_bytes(parameters, tokens, cluster, setting)
                 row = {"micro_batch": micro_batch, "tokens": tokens, "flags": str(setting), "gib": gib, **times}

@@ -3,9 +3,9 @@
     python train.py --model_name_or_path <llama-7b> --bf16 True --fsdp "full_shard auto_wrap" \
         --gradient_accumulation_steps 8 --estimate_memory True --estimate_gpus 4 --estimate_gib 80
 
-The figures are those of the real step of the real model, run on fake tensors (`simulation.simulate`). Arithmetic is only
-what lies outside of it: DeepSpeed's states (Rajbhandari et al., 2020, section 3) and DistributedDataParallel's buckets.
-What no simulation sees (the CUDA context, buffers of NCCL and cuBLAS, fragmentation) is `ALLOWANCE` of the device.
+The figures are those of the real step of the real model, run on fake tensors (`simulation.simulate`). Arithmetic is
+only what lies outside of it: DeepSpeed's states (Rajbhandari et al., 2020, section 3) and the buckets of
+DistributedDataParallel. What no simulation sees (the CUDA context, buffers of NCCL and cuBLAS, fragmentation) is `ALLOWANCE` of the device.
 """
 
 import sys
@@ -171,12 +171,12 @@ def describe(config: transformers.PretrainedConfig, plan: Plan, device_gib: floa
     engine = f"FSDP, {'full_shard' if layout.reshard else 'shard_grad_op'}" if layout.fsdp else engine
     lines = [
         f"{parameters / 1e9:.2f}e9 parameters. Naively 7 x 4 x 4 = 112 GB for a 7B model; for this one "
-        f"{parameters * 16 / 1e9:.1f} GB = {parameters * 16 / GIB:.1f} GiB: float32 weights, gradients and two optimizer "
-        "states on one GPU, without activations.",
+        f"{parameters * 16 / 1e9:.1f} GB = {parameters * 16 / GIB:.1f} GiB: float32 weights, gradients and two "
+        "optimizer states on one GPU, without activations.",
         f"This run: {layout.gpus} GPU{'s' * (layout.gpus > 1)}, {engine}"
         + (f", LoRA of rank {layout.lora_r} ({trained:,} trained)" if layout.lora_r else "")
-        + f", {layout.dtype} weights, {layout.compute_dtype} arithmetic, micro-batches of at most {layout.batch_size} x "
-        f"{layout.length} tokens" + (", gradient checkpointing" if layout.checkpointing else ""),
+        + f", {layout.dtype} weights, {layout.compute_dtype} arithmetic, micro-batches of at most "
+        f"{layout.batch_size} x {layout.length} tokens" + (", gradient checkpointing" if layout.checkpointing else ""),
         "",
         "GiB per GPU at the fullest moment of a simulated step",
         *(f"  {name:<17}{parts[name]:8.2f}" for name in (*PARTS, "total")),

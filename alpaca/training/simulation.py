@@ -49,8 +49,8 @@ def simulate(config: transformers.PretrainedConfig, layout: Layout) -> dict[str,
     """The bytes on one GPU, by kind, at the fullest moment of each phase of a step: {phase: {kind: bytes}}.
 
     A deep model is simulated at two smaller depths and continued along the line between them. Phases are the forward
-    pass, the backward pass of each of the outermost layers, and the optimizer; in each of them every further layer costs
-    the same, so that the line is exact, and memory between the outermost layers lies between theirs. Raises
+    pass, the backward pass of each of the outermost layers, and the optimizer; in each of them every further layer
+    costs the same, so that the line is exact, and memory between the outermost layers lies between theirs. Raises
     ExpectedError (exit 2) where this PyTorch can't simulate.
     """
     layers = config.get_text_config().num_hidden_layers
