@@ -127,7 +127,11 @@ def simulated_gib(
 
 
 def options(
-    config: transformers.PretrainedConfig, cluster: Cluster, examples_per_step: int, tokens_per_example: float
+    parameters: int,
+    simulated: Callable[..., float],
+    cluster: Cluster,
+    examples_per_step: int,
+    tokens_per_example: float,
 ) -> list[dict]:
     """For each size of micro-batch the fastest setting that fits (of equally fast ones the first), and which to take.
 
@@ -135,8 +139,6 @@ def options(
     the smallest that hides it.
     """
     rows = []
-    parameters = memory.count_parameters(config, Layout())[0]
-    simulated = functools.cache(functools.partial(simulated_gib, config))
     share = examples_per_step // cluster.gpus  # examples of one GPU in a step
     for micro_batch in (size for size in range(1, share + 1) if share % size == 0):
         tokens = micro_batch * tokens_per_example
@@ -185,6 +187,7 @@ def main() -> None:
     if args.model_name_or_path:
         config = transformers.AutoConfig.from_pretrained(args.model_name_or_path)
     parameters = memory.count_parameters(config, Layout())[0]
+    simulated = functools.cache(functools.partial(simulated_gib, config))
     columns = "GPUs", "ring, GB/s", "micro-batch, examples (mean tokens)", "flags", "GB a step to one GPU"
     columns += "through one card", "communication s", "compute s", "hidden", "memory, GiB", "step s", ""
     print(f"{parameters / 1e9:.2f}e9 parameters, {args.examples_per_step} examples a step\n")
@@ -196,7 +199,7 @@ def main() -> None:
             link = args.link_efficiency * ring_speed(nvlink, node_link, nodes)
             cluster = Cluster(nodes * GPUS_PER_NODE, args.mfu * peak_flops(name), 1e9 * link, gib)
             where = f"{nodes} × 8 {name}" + (f", {node_link:g} GB/s a card" if nodes > 1 else "")
-            for row in options(config, cluster, args.examples_per_step, args.tokens_per_example):
+            for row in options(parameters, simulated, cluster, args.examples_per_step, args.tokens_per_example):
                 result.append({"where": where, "ring_gb_s": link, **row})
                 if nodes > 1 and not row.get("recommended"):
                     continue

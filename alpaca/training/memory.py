@@ -5,7 +5,8 @@
 
 The figures are those of the real step of the real model, run on fake tensors (`simulation.simulate`). Arithmetic is
 only what lies outside of it: DeepSpeed's states (Rajbhandari et al., 2020, section 3) and the buckets of
-DistributedDataParallel. What no simulation sees (the CUDA context, buffers of NCCL and cuBLAS, fragmentation) is `ALLOWANCE` of the device.
+DistributedDataParallel. What no simulation sees (the CUDA context, buffers of NCCL and cuBLAS, fragmentation) is
+`ALLOWANCE` of the device.
 """
 
 import sys
