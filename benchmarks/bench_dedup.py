@@ -20,7 +20,8 @@ from rouge_score import rouge_scorer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from alpaca.generation.self_instruct import BLACKLIST, Collection
+from alpaca.generation.parsing import BLACKLIST
+from alpaca.generation.self_instruct import Collection
 
 TASKS_PER_ANSWER = 16  # numbers 4 to 19 of a prompt with three seed tasks
 

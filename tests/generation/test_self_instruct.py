@@ -12,15 +12,17 @@ from rouge_score import rouge_scorer
 
 from alpaca.common import ExitCode, ExpectedError
 from alpaca.data.similarity import TokenEncoder, rouge_l
-from alpaca.generation.self_instruct import (
+from alpaca.generation.parsing import (
     BLACKLIST,
     DEFAULT_LIMITS,
-    Collection,
-    encode_prompt,
     find_word_in_string,
-    largest,
     parse_response,
     post_process_gpt3_response,
+)
+from alpaca.generation.self_instruct import (
+    Collection,
+    encode_prompt,
+    largest,
     read_seed_tasks,
     sample_seed_tasks,
 )
@@ -183,7 +185,9 @@ def test_filters_equal_the_2023_ones():
         instruction = rng.choice(["", "", "", "Write a program that "]) + instruction
         output = rng.choice(["fine", "fine", "fine", ""])
         tasks, rejected = parse_response(
-            3, {"text": written([{"instruction": instruction, "input": "", "output": output}]), "finish_reason": "stop"}
+            3,
+            {"text": written([{"instruction": instruction, "input": "", "output": output}]), "finish_reason": "stop"},
+            tokenization="ascii",
         )
         expected = slow_reason(instruction, output)
         assert bool(tasks) == (expected is None), instruction
@@ -319,8 +323,7 @@ def test_equals_the_2023_loop_on_real_instructions():
             if len(words) > 3 and words[0][0].isalpha():
                 answer.append({"instruction": " ".join(words).rstrip(":"), "input": "", "output": "x"})
         answers.append(answer)
-    answers[3].append({"instruction": "Ça ira très bien mon ami", "input": "", "output": "x"})
-    answers[4].append({"instruction": "a 写一首 关于春天 的诗 吧", "input": "", "output": "x"})
+    answers[3].append({"instruction": "Ask the “old man” how it’s going", "input": "", "output": "x"})
     found, collection = fast_collection(seeds, answers)
     candidates = sum(map(len, answers)) - sum(n for reason, n in collection.rejected.items() if reason != "too similar")
     assert 30 < len(found) < candidates - 30  # both ways are taken
@@ -364,7 +367,7 @@ def test_scores_equal_rouge_score_over_thousands_of_real_pairs():
     texts = [task["instruction"] for task in read_seed_tasks(str(ROOT / "seed_tasks.jsonl"), 3)] + [
         "",
         "?!",
-        "春天 的诗",
+        "Ask the “old man” how it’s going — again…",
     ]
     scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False)
     tokens = [scorer._tokenizer.tokenize(text) for text in texts]
