@@ -136,11 +136,8 @@ def clean_field(text: str) -> str:
         text = text[: token.start()].rstrip()
     if (bold := _BOLD.fullmatch(text)) and not (bold[1] == "__" and bold["inside"].isidentifier()):
         return bold["inside"].strip()
-    if text.count("**") % 2:  # opened ahead of the header: "**5. Input: x**", "**5. Output: ** x"
-        if text.endswith("**"):
-            return text[:-2].rstrip()
-        if re.match(r"\*\*\s", text):
-            return text[2:].lstrip()
+    if text.count("**") % 2 and re.search(r"[^\s*]\*\*\Z", text):  # opened ahead of the header: "**5. Input: x**"
+        return text[:-2]
     return text
 
 
