@@ -25,8 +25,9 @@ class TokenEncoder:
 
     def __call__(self, text: str) -> str:
         """ "Name two colours." → three characters."""
+        ids = self._ids
         tokens = split_tokens(text, self._tokenization)
-        return "".join(chr(_FIRST_CODE_POINT + self._ids.setdefault(token, len(self._ids))) for token in tokens)
+        return "".join([chr(_FIRST_CODE_POINT + ids.setdefault(token, len(ids))) for token in tokens])
 
 
 def rouge_l(candidates: Sequence[str], pool: Sequence[str], workers: int = 1) -> np.ndarray:

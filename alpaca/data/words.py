@@ -26,7 +26,7 @@ _INVISIBLE = regex.compile(r"(?V1)[\p{Cf}--\u200b]+")  # joiners, soft hyphens, 
 
 def split_tokens(text: str, tokenization: str = TOKENIZATION) -> list[str]:
     """ "Name two colours." → name, two, colours · "用Python写" → 用, python, 写. "ascii" knows [a-z0-9] only."""
-    if tokenization == "ascii" or text.isascii():
+    if text.isascii() or tokenization == "ascii":
         return _NOT_A_TOKEN.sub(" ", text.lower()).split()
     return _TOKEN.findall(_folded(text))
 

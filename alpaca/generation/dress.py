@@ -24,6 +24,7 @@ _CLOSING_LINE = re.compile(rf"^[ \t]*(?:{_CLOSES})|(?:{_CLOSES})[ \t]*$", re.MUL
 # The channels of gpt-oss, as tokens or with the tokens lost.
 _FINAL = re.compile(r".*<\|channel\|>\s*final\b[^<\n]{0,40}<\|message\|>|\s*analysis.*assistantfinal", re.DOTALL)
 _NOT_FINAL = re.compile(r"\s*(?:<\|start\|>\s*assistant)?\s*<\|channel\|>\s*(?:analysis|commentary)\b")
+_MENTIONED = ("think", "thought", "reasoning", "<unused9", "<|channel|>", "assistantfinal")
 
 # </s>, <|im_end|>, <|eot_id|>, <end_of_turn>, <｜end▁of▁sentence｜>, [/INST] …
 _TOKEN = (
@@ -56,6 +57,9 @@ def strip_reasoning(text: str) -> str:
     A block of reasoning begins on a line or behind a header, and is closed, or the answer was cut inside it. Where the
     server's template wrote the opening tag, all that stands ahead of the closing one is reasoning.
     """
+    lowered = text.lower()
+    if not any(word in lowered for word in _MENTIONED):  # most answers: spare them the search
+        return text
     if final := _FINAL.match(text):
         text = text[final.end() :]
     elif _NOT_FINAL.match(text):
@@ -82,7 +86,7 @@ def clean_text(text: str) -> str:
 
 
 def _strip_first_tokens(text: str) -> str:
-    tokens = None if _FINAL.match(text) or _NOT_FINAL.match(text) else _TOKENS_FIRST.match(text)
+    tokens = _TOKENS_FIRST.match(text) if "<|channel|>" not in text else None
     return text[tokens.end() :] if tokens else text
 
 
@@ -144,7 +148,9 @@ def clean_field(text: str) -> str:
 def cut_at_token(text: str) -> str:
     """An output up to the first token of the chat template that begins or ends a line: the teacher's turn was over."""
     fenced = False
-    for found in _TOKEN_OR_FENCE.finditer(text) if "<s>" not in text else ():
+    if "<s>" in text or not ("<" in text or "[" in text):
+        return text
+    for found in _TOKEN_OR_FENCE.finditer(text):
         if found[0].endswith("```"):
             fenced = not fenced
         elif not fenced:

@@ -142,6 +142,8 @@ def _without_closing_words(text: str, kinds: set[str], fenced: bool) -> str:
     `kinds`: the answer's separators, by their first character, behind which nothing but a task belongs; none for a task
     that others follow, where words must be known as closing ones. `fenced`: a fence was opened ahead of the task.
     """
+    if not fenced and not any(mark in text for mark in ("##", "--", "==", "**", "__")):  # most outputs
+        return text
     lines = text.strip().split("\n")
     fences = [number for number, line in enumerate(lines) if line.lstrip().startswith("```")]
     if fenced and len(fences) % 2:
