@@ -570,3 +570,49 @@ def test_filters_in_any_language(instruction, reason):
     answer = {"text": written([{"instruction": instruction, "input": "", "output": "x"}]), "finish_reason": "stop"}
     tasks, rejected = parse_response(3, answer, limits)
     assert rejected == ({reason: 1} if reason else {}) and bool(tasks) == (reason is None)
+
+
+# -------------------------------------------------------------------------------------------------- all kinds together
+
+
+def dirty_answer(rng, tasks):
+    """Tasks as one of many teachers writes them, with dirt of several kinds at once → text, finish reason, tasks due."""
+    separator = rng.choice(["###\n", "###\n", "\n---\n\n", "##\n"])
+    mark = rng.choice(["<noinput>", "N/A", "No input", "None", "`<noinput>`", "(no input)"])
+    token = rng.choice(["", "", "</s>", "<|im_end|>"])
+    bold = rng.choice(["{}", "{}", "**{}**"])
+    shown = [
+        {"instruction": bold.format(t["instruction"]), "input": t["input"] or mark, "output": t["output"] + token}
+        for t in tasks
+    ]
+    text = written(
+        shown, separator=separator, header=rng.choice(["{n}. {part}:", "**{n}. {part}:**", "- {n}. {part}："])
+    )
+    due, reason = tasks, "stop"
+    if rng.random() < 0.2:  # before the last task's output ends
+        text = text[: text.rindex(shown[-1]["output"][:3])]
+        due, reason = tasks[:-1], rng.choice(["length", "max_tokens", "error"])
+    else:
+        if rng.random() < 0.3:
+            text = f"```\n{text}```\n"
+        text += rng.choice(
+            ["", separator, separator + "\nThat completes the list.", separator + "\nGoodbye, and good luck."]
+        )
+    if rng.random() < 0.4:
+        text = rng.choice(REASONING).format(written(tasks[::-1])) + text
+    return text, reason, due
+
+
+@pytest.mark.soak
+def test_ten_thousand_dirty_answers_give_the_tasks_that_were_written():
+    examples = json.loads((ROOT / "alpaca_data.json").read_text(encoding="utf-8"))
+    examples = [{part: e[part].strip() for part in ("instruction", "input", "output")} for e in examples]
+    rule = re.compile(r"^[ \t]*(#{2,}|-{3,}|={3,}|\*{3,}|_{3,})|```", re.MULTILINE)  # read as a separator at the end
+    examples = [e for e in examples if slow_reason(e["instruction"], e["output"]) is None]
+    examples = [e for e in examples if not rule.search(e["output"]) and "**" not in "".join(e.values())]
+    rng = random.Random(0)
+    for number in range(10_000):
+        text, reason, due = dirty_answer(rng, rng.sample(examples, 6))
+        tasks, rejected = parse_response(3, {"text": text, "finish_reason": reason})
+        assert tasks == due, (number, text)
+        assert rejected == ({} if reason == "stop" else {"cut off": 1})
