@@ -576,7 +576,7 @@ def test_filters_in_any_language(instruction, reason):
 
 
 def dirty_answer(rng, tasks):
-    """Tasks as one of many teachers writes them, with dirt of several kinds at once → text, finish reason, tasks due."""
+    """Tasks as one of many teachers writes them, with dirt of several kinds at once → text, reason, tasks due."""
     separator = rng.choice(["###\n", "###\n", "\n---\n\n", "##\n"])
     mark = rng.choice(["<noinput>", "N/A", "No input", "None", "`<noinput>`", "(no input)"])
     token = rng.choice(["", "", "</s>", "<|im_end|>"])
