@@ -141,13 +141,12 @@ def naming(flag: str) -> Iterator[None]:
 
 
 def load_tokenizer(name: str) -> Any:
-    from transformers import AutoTokenizer
-
+    from alpaca.data.tokenizers import TokenizerLoader
     from alpaca.training.models import from_pretrained
     from alpaca.training.special_tokens import complete_tokenizer
 
     with naming("--tokenizer"):
-        tokenizer = from_pretrained(AutoTokenizer, name)
+        tokenizer = from_pretrained(TokenizerLoader, name)
     complete_tokenizer(tokenizer)
     tokenizer.model_max_length = 1 << 30  # true lengths: the report says what a limit would cut
     return tokenizer

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from alpaca.common import ExitCode, ExpectedError
+from alpaca.data.tokenizers import encode
 from alpaca.prompts import format_prompt
 
 IGNORE_INDEX = -100  # the label of a token that is not trained on; what torch's cross-entropy leaves out
@@ -146,28 +147,15 @@ def tokenize(sources: Sequence[str], targets: Sequence[str], tokenizer: Any) -> 
         for first in range(0, len(sources), _TOKENIZER_BATCH):
             source = list(sources[first : first + _TOKENIZER_BATCH])
             target = targets[first : first + _TOKENIZER_BATCH]
-            whole = _encode([s + t for s, t in zip(source, target, strict=True)], tokenizer)
+            whole = encode([s + t for s, t in zip(source, target, strict=True)], tokenizer)
             lengths.extend(map(len, whole))
-            prompt_lengths.extend(map(len, _encode(source, tokenizer)))
+            prompt_lengths.extend(map(len, encode(source, tokenizer)))
             ids.extend(np.array(tokens, dtype=np.int32) for tokens in whole)
             progress.update(len(source))
     lengths = np.array(lengths, dtype=np.int32)
     starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)[:-1]]) if len(lengths) else np.zeros(0, np.int64)
     flat = np.concatenate(ids) if ids else np.zeros(0, np.int32)
     return TokenizedTexts(flat, starts, lengths, np.minimum(np.array(prompt_lengths, dtype=np.int32), lengths))
-
-
-def _encode(texts: list[str], tokenizer: Any) -> list[list[int]]:
-    """Token ids as `tokenizer(texts, truncation=True)` gives them, without the offsets that no one asks for."""
-    max_length = min(tokenizer.model_max_length, 2**31)
-    if not tokenizer.is_fast:
-        return tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
-    backend = tokenizer.backend_tokenizer
-    backend.no_padding()
-    backend.enable_truncation(max_length, direction=tokenizer.truncation_side)
-    encodings = backend.encode_batch_fast(texts)
-    backend.no_truncation()  # or it would be saved with the tokenizer
-    return [encoding.ids for encoding in encodings]
 
 
 def preprocess(sources: Sequence[str], targets: Sequence[str], tokenizer: Any) -> dict[str, list[torch.Tensor]]:
