@@ -12,7 +12,6 @@ count from 0. Charts need matplotlib (pip install -r requirements-dev.txt). Verb
 import argparse
 import contextlib
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -157,15 +156,14 @@ def load_tasks(path: str, flag: str) -> list[dict[str, str]]:
 
     Raises ExpectedError (exit 3) with the first record that is neither.
     """
+    from alpaca.data.files import read_records
+
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        lines = [line for line in text.split("\n") if line.strip()]
-        records = [json.loads(line) for line in lines] if path.endswith(".jsonl") else json.loads(text)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
-        raise ExpectedError(f"{flag} {path} can't be read: {reason}; give a .json or .jsonl file", ExitCode.DATA)
+        records = read_records(path)
+    except ExpectedError as error:
+        raise ExpectedError(f"{flag} {str(error).removeprefix('--data_path ')}", error.exit_code)
     tasks = []
-    for number, record in enumerate(records if isinstance(records, list) else [records]):
+    for number, record in enumerate(records):
         instances = record.get("instances", [record]) if isinstance(record, dict) else None
         inputs = [i.get("input") or "" for i in instances or [] if isinstance(i, dict)] if instances else []
         if not inputs or not all(isinstance(text, str) for text in [record.get("instruction"), *inputs]):

@@ -157,12 +157,12 @@ def test_input_may_be_missing_or_null_and_other_columns_are_ignored(tmp_path):
     ("content", "name", "said"),
     [
         ('[{"instruction": "a",\n "output": }]', "data.json", ["line 2 column 12"]),
-        ('{"instruction": "a"}\n{"instruction": "b"}', "data.json", ["line 2 column 1", ".jsonl"]),
-        ('{"instruction": "a", "output": "b"}', "data.json", ["an object", "list of examples"]),
         ('{"instruction": "a", "output": "b"}\n{"instruction": ', "data.jsonl", ["line 2 column 17"]),
         ("[]", "data.json", ["no examples"]),
-        ("", "data.json", ["line 1 column 1"]),
-        ("[" * 100000, "data.json", ["data.json"]),
+        ("", "data.json", ["no examples"]),
+        ("[" * 100000, "data.json", ["nested too deeply"]),
+        ('{"instruction": "a", "output": "b"}\n' + '{"input":' * 100000, "data.jsonl", ["nested", "after line 2"]),
+        ('[{"instruction": "a",\n "output": ' + "9" * 5000 + "}]", "data.json", ["number too large"]),
     ],
 )
 def test_broken_files_end_in_exit_3_with_the_place(tmp_path, content, name, said):
