@@ -26,7 +26,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--data_path", required=True, help=".json or .jsonl file of examples, or a Hub data set")
+    add("--data_path", required=True, help=".json, .jsonl, .csv or .parquet file of examples, or a Hub data set")
     add("--output_dir", required=True, help="directory for index.html, report.json and verb_noun.png")
     add("--compare", metavar="DATA_PATH", help="a second data set, shown beside the first (default: none)")
     add("--against", metavar="FILE", help="evaluation tasks that must not be in the data (default: none)")
