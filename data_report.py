@@ -12,7 +12,6 @@ count from 0. Charts need matplotlib (pip install -r requirements-dev.txt). Verb
 import argparse
 import contextlib
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--data_path", required=True, help=".json or .jsonl file of examples, or a Hub data set")
+    add("--data_path", required=True, help=".json, .jsonl, .csv or .parquet file of examples, or a Hub data set")
     add("--output_dir", required=True, help="directory for index.html, report.json and verb_noun.png")
     add("--compare", metavar="DATA_PATH", help="a second data set, shown beside the first (default: none)")
     add("--against", metavar="FILE", help="evaluation tasks that must not be in the data (default: none)")
@@ -141,13 +140,12 @@ def naming(flag: str) -> Iterator[None]:
 
 
 def load_tokenizer(name: str) -> Any:
-    from transformers import AutoTokenizer
-
+    from alpaca.data.tokenizers import TokenizerLoader
     from alpaca.training.models import from_pretrained
     from alpaca.training.special_tokens import complete_tokenizer
 
     with naming("--tokenizer"):
-        tokenizer = from_pretrained(AutoTokenizer, name)
+        tokenizer = from_pretrained(TokenizerLoader, name)
     complete_tokenizer(tokenizer)
     tokenizer.model_max_length = 1 << 30  # true lengths: the report says what a limit would cut
     return tokenizer
@@ -158,15 +156,14 @@ def load_tasks(path: str, flag: str) -> list[dict[str, str]]:
 
     Raises ExpectedError (exit 3) with the first record that is neither.
     """
+    from alpaca.data.files import read_records
+
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        lines = [line for line in text.split("\n") if line.strip()]
-        records = [json.loads(line) for line in lines] if path.endswith(".jsonl") else json.loads(text)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
-        raise ExpectedError(f"{flag} {path} can't be read: {reason}; give a .json or .jsonl file", ExitCode.DATA)
+        records = read_records(path)
+    except ExpectedError as error:
+        raise ExpectedError(f"{flag} {str(error).removeprefix('--data_path ')}", error.exit_code)
     tasks = []
-    for number, record in enumerate(records if isinstance(records, list) else [records]):
+    for number, record in enumerate(records):
         instances = record.get("instances", [record]) if isinstance(record, dict) else None
         inputs = [i.get("input") or "" for i in instances or [] if isinstance(i, dict)] if instances else []
         if not inputs or not all(isinstance(text, str) for text in [record.get("instruction"), *inputs]):

@@ -19,6 +19,15 @@ from collections.abc import Callable
 from typing import Any
 
 from alpaca.common import ExitCode, ExpectedError, jdump, jload, run_commands, run_main
+from alpaca.data.words import TOKENIZATION
+from alpaca.generation.parsing import (
+    BLACKLIST,
+    DEFAULT_LIMITS,
+    PARSER,
+    Limits,
+    find_word_in_string,
+    post_process_gpt3_response,
+)
 from alpaca.generation.run import (
     Run,
     begin_or_continue,
@@ -30,13 +39,10 @@ from alpaca.generation.run import (
     write_and_summarize,
 )
 from alpaca.generation.self_instruct import (
-    BLACKLIST,
-    DEFAULT_LIMITS,
     TASKS_PER_PROMPT,
     Collection,
+    check_seed_tasks,
     encode_prompt,
-    find_word_in_string,
-    post_process_gpt3_response,
     prompt_text,
     read_seed_tasks,
     sample_seed_tasks,
@@ -44,7 +50,7 @@ from alpaca.generation.self_instruct import (
 from alpaca.teacher.client import DEFAULT_MODEL, OpenAIDecodingArguments, Teacher
 from alpaca.teacher.request_log import Meter
 
-# What people import from here; it lives in self_instruct.
+# What people import from here; it lives in self_instruct and parsing.
 __all__ = ["encode_prompt", "find_word_in_string", "generate_instruction_following_data", "post_process_gpt3_response"]
 
 
@@ -78,6 +84,8 @@ def generate_instruction_following_data(
     min_words: int = DEFAULT_LIMITS.min_words,
     max_words: int = DEFAULT_LIMITS.max_words,
     blacklist: tuple[str, ...] = BLACKLIST,
+    language: str = "English",
+    seeds_anyway: bool = False,
 ) -> None:
     """Have a teacher write instructions after the seed tasks, until enough are kept in output_dir/regen.json.
 
@@ -115,6 +123,8 @@ def generate_instruction_following_data(
         min_words: drop shorter instructions.
         max_words: drop longer instructions.
         blacklist: drop instructions with any of these words; comma-separated, () for none.
+        language: what the prompt asks for wherever prompt.txt says "in English"; give seed tasks in it as well.
+        seeds_anyway: True to begin even where the filters would drop most of the seed tasks.
     """
     arguments = checked(generate_instruction_following_data, locals())
     seed_tasks = read_seed_tasks(str(seed_tasks_path), at_least=num_prompt_instructions)
@@ -126,8 +136,10 @@ def generate_instruction_following_data(
     header = {
         "seed": seed,
         "num_prompt_instructions": num_prompt_instructions,
-        "prompts": hashlib.sha256(json.dumps([prompt_text(), seed_tasks]).encode()).hexdigest(),
+        "prompts": hashlib.sha256(json.dumps([prompt_text(language), seed_tasks]).encode()).hexdigest(),
         "seed_instructions": [task["instruction"] for task in seed_tasks],
+        "tokenization": TOKENIZATION,
+        "parser": PARSER,
     }
     changeable = ("num_instructions_to_generate", "max_similarity", "min_words", "max_words", "blacklist")
     changeable += ("model_name", "api", "temperature", "top_p", "max_tokens")
@@ -135,11 +147,13 @@ def generate_instruction_following_data(
 
     def prompt_of(number: int) -> tuple[list[str], str]:
         tasks = sample_seed_tasks(seed_tasks, number, seed, num_prompt_instructions)
-        return [task["id"] for task in tasks], encode_prompt(tasks)
+        return [task["id"] for task in tasks], encode_prompt(tasks, language)
 
     with locked(output_dir), contextlib.closing(open_log(output_dir)) as log:
+        if not log.records and not seeds_anyway:
+            check_seed_tasks(seed_tasks, Limits(max_similarity, min_words, max_words, tuple(settings["blacklist"])))
         header = begin_or_continue(log, output_dir, header, settings)
-        collection = Collection(header, settings, num_cpus)
+        collection = Collection(header, settings, num_cpus, say)
         use_logged_answers(collection, log.records)
         meter = Meter(max_requests, max_tokens_total, price_in, price_out, max_cost)
         meter.count_logged(log.records)
@@ -212,7 +226,7 @@ def replay(
         if settings is None:
             raise ExpectedError(f"{output_dir}: nothing has been asked there yet", ExitCode.USAGE)
         settings |= {name: given[name] for name in settings.keys() & given.keys() if given[name] is not None}
-        collection = Collection(log.records[0]["run"], settings, num_cpus)
+        collection = Collection(log.records[0]["run"], settings, num_cpus, say)
         use_logged_answers(collection, log.records, skip_missing)
         meter = Meter()
         meter.count_logged(log.records)

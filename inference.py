@@ -41,7 +41,10 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument_group("what to answer (none of these: a prompt loop)").add_argument
     add("--instruction", help="answer this instruction and exit")
     add("--input", default="", help="the text that --instruction is about")
-    add("--data_path", help="answer a .json or .jsonl file of {instruction, input}; output, if there, is not read")
+    add(
+        "--data_path",
+        help="answer a file of {instruction, input} (.json, .jsonl, .csv …); output, if there, is not read",
+    )
     add("--output_path", help="where --data_path's answers go: a JSON list of {instruction, input, output, generator}")
     add("--serve", action="store_true", help="open a web page on 127.0.0.1; needs gradio")
     add("--port", type=int, default=7860, help="the page's port (%(default)s)")

@@ -20,7 +20,9 @@ from rouge_score import rouge_scorer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from alpaca.generation.self_instruct import BLACKLIST, Collection
+from alpaca.data.words import TOKENIZATION
+from alpaca.generation.parsing import BLACKLIST, PARSER
+from alpaca.generation.self_instruct import Collection
 
 TASKS_PER_ANSWER = 16  # numbers 4 to 19 of a prompt with three seed tasks
 
@@ -43,6 +45,7 @@ def answer(sentences: list[str]) -> dict[str, str]:
 def collection(pool: list[str]) -> Collection:
     settings = {"num_instructions_to_generate": 10**9, "max_similarity": 0.7, "min_words": 4, "max_words": 150}
     header = {"num_prompt_instructions": 3, "seed_instructions": pool, "already_kept": []}
+    header |= {"tokenization": TOKENIZATION, "parser": PARSER}
     return Collection(header, settings | {"blacklist": []}, num_cpus=os.cpu_count() or 1)
 
 

@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from alpaca.common import ExitCode, ExpectedError, jload
+from alpaca.data.tokenizers import TokenizerLoader, encode
 from alpaca.prompts import format_prompt
 from alpaca.training.models import from_pretrained
 
@@ -77,7 +78,7 @@ class Reader:
             prompt.encode()
         except UnicodeEncodeError:  # half of a surrogate pair
             raise ExpectedError("the text is not valid Unicode; retype it", ExitCode.DATA)
-        ids = self.tokenizer(prompt, return_token_type_ids=False)["input_ids"]
+        ids = encode([prompt], self.tokenizer)[0]
         if self.context_length is not None and len(ids) + max_new_tokens > self.context_length:
             raise ExpectedError(
                 f"the prompt's {len(ids):,} tokens and an answer of up to {max_new_tokens:,} do not fit into the "
@@ -104,7 +105,7 @@ def load_reader(path: str) -> Reader:
         if not TOKENIZER_FILES & set(os.listdir(path)):
             path = base
     # Length is checked by `encode`; the tokenizer's own limit is training's, and would only warn.
-    tokenizer = from_pretrained(transformers.AutoTokenizer, path, padding_side="left", model_max_length=sys.maxsize)
+    tokenizer = from_pretrained(TokenizerLoader, path, padding_side="left", model_max_length=sys.maxsize)
     if not tokenizer.eos_token:
         raise ExpectedError(
             f"--model_name_or_path {path}: the tokenizer has no end-of-sequence token, so no answer would end; "

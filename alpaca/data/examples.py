@@ -1,11 +1,11 @@
 """Alpaca examples → checked and tokenized. Training, inference and the data report read data through this file.
 
-A data set is a JSON list (or JSON lines) of {"instruction": str, "input": str (may be missing or null), "output": str}.
+A data set is a list of {"instruction": str, "input": str (may be missing or null), "output": str}, in any form that
+`files.read_records` reads.
 """
 
-import json
-import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,92 +15,77 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from alpaca.common import ExitCode, ExpectedError
+from alpaca.common import notice
+from alpaca.data.files import bad_data, read_records
+from alpaca.data.tokenizers import encode
 from alpaca.prompts import format_prompt
 
 IGNORE_INDEX = -100  # the label of a token that is not trained on; what torch's cross-entropy leaves out
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+FIELDS = ("instruction", "input", "output")
+# Other names that published data sets have for these, and for what belongs to them.
+_QUESTIONS = ("question", "query", "prompt", "task", "instructions")
+_ANSWERS = ("response", "answer", "completion", "target", "outputs", "chosen", "rejected")
+_TURNS = ("messages", "conversations", "conversation", "dialogue", "history")
+_CONTENT = {*_QUESTIONS, *_ANSWERS, *_TURNS, "system", "system_prompt", "context", "knowledge", "reasoning"}
+_BOOKKEEPING = ("most_similar_instructions", "avg_similarity_score")  # what generate_instruction.py adds
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _TOKENIZER_BATCH = 2000  # examples; enough to keep all cores busy, few enough for the progress bar to move
 
 
 def load_examples(data_path: str, need_output: bool = True) -> list[dict[str, str]]:
-    """Read a .json or .jsonl file, or the "train" split of a Hub data set; returns checked examples.
+    """Read what `files.read_records` reads; returns checked examples, and says which fields they leave out.
 
     Every example returned has exactly the keys instruction, input and output, all strings ("" for a missing or null
     input, and without `need_output` for such an output). Raises ExpectedError (exit 3) with the first five faults and
     their number.
     """
-    if os.path.isfile(data_path):
-        records = _read_json_lines(data_path) if data_path.endswith(".jsonl") else _read_json(data_path)
-    elif _HUB_ID.fullmatch(data_path) and not data_path.endswith((".json", ".jsonl")) and not os.path.exists(data_path):
-        records = _read_hub(data_path)
-    else:
-        what = "is a directory" if os.path.isdir(data_path) else "does not exist"
-        choice = "give a .json or .jsonl file, or a Hub data set such as tatsu-lab/alpaca"
-        raise _bad_data(f"--data_path {data_path} {what}; {choice}")
+    records = read_records(data_path)
     optional = ("input",) if need_output else ("input", "output")
     faults = [(index, fault) for index, record in enumerate(records) if (fault := _fault(record, optional))]
     if faults:
         shown = "; ".join(f"record {index}: {fault}" for index, fault in faults[:5])
         more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
         what = f"{len(faults)} of {len(records)} records can't be used, counted from 0"
-        raise _bad_data(f"{data_path}: {what}: {shown}{more}. Mend or remove them")
+        raise bad_data(f"{data_path}: {what}: {shown}{more}. Mend or remove them")
     if not records:
-        raise _bad_data(f"{data_path} holds no examples; add some or choose another file")
-    return [{key: r.get(key) or "" for key in ("instruction", "input", "output")} for r in records]
-
-
-def _bad_data(message: str) -> ExpectedError:
-    return ExpectedError(message, ExitCode.DATA)
-
-
-def _read_text(path: str) -> str:
-    try:
-        with open(path, "rb") as file:
-            return file.read().decode("utf-8-sig")  # in text mode large files would be copied twice more
-    except UnicodeDecodeError as error:
-        raise _bad_data(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8, or unpack it first")
-    except PermissionError:
-        raise _bad_data(f"{path} can't be read; check its permissions")
-
-
-def _read_json(path: str) -> list[Any]:
-    try:
-        records = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        hint = ". One object a line is called .jsonl: rename the file" if error.msg == "Extra data" else ""
-        raise _bad_data(f"{path} is not valid JSON: {error.msg} at line {error.lineno} column {error.colno}{hint}")
-    except RecursionError:
-        raise _bad_data(f"{path} is nested too deeply to be a list of examples")
-    if not isinstance(records, list):
-        raise _bad_data(f"{path} holds {_json_type(records)} where a list of examples is expected; wrap them in [ ]")
-    return records
-
-
-def _read_json_lines(path: str) -> list[Any]:
-    records = []
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise _bad_data(f"{path} is not valid JSON lines: {error.msg} at line {number} column {error.colno}")
-    return records
-
-
-def _read_hub(name: str) -> list[Any]:
-    import datasets
-
-    try:
-        return datasets.load_dataset(name, split="train").to_list()
-    except (OSError, ValueError, RuntimeError) as error:  # offline, unknown, private, made by a script
-        reason = " ".join(str(error).split())[:300]
-        raise _bad_data(
-            f"the Hub data set {name} can't be loaded ({type(error).__name__}: {reason}). Check the name and the "
-            "network (HF_HUB_OFFLINE, HF_TOKEN), or download its file and give --data_path that"
+        raise bad_data(f"{data_path} holds no examples; add some or choose another file")
+    if left_out := _left_out(records, need_output):
+        fields = ", ".join(f"{key} (of {count})" for key, count in sorted(left_out.items()))
+        notice(
+            f"{data_path}: of its {len(records)} records only instruction, input and output are read. Left out is what "
+            f"these fields hold: {fields}. Write what belongs to the question into instruction or input (a context is "
+            "an input), what belongs to the answer into output, or remove them"
         )
+    return [{key: r.get(key) or "" for key in FIELDS} for r in records]
+
+
+def _left_out(records: list[dict[str, Any]], need_output: bool) -> Counter[str]:
+    """Fields with content that no example will have, and in how many records each has some.
+
+    Content is what is called like it, and texts or lists of texts of some length, unless they repeat what the example
+    has (as the field "text" of the released 52K data does).
+    """
+    counts = Counter()
+    ignored = {*FIELDS, *_BOOKKEEPING, *([] if need_output else _ANSWERS)}
+    for record in records:
+        for key in record.keys() - ignored:
+            if value := record[key]:
+                counts[key] += (key.lower() in _CONTENT or _is_text(value)) and not _repeats(value, record)
+    return +counts
+
+
+def _is_text(value: Any) -> bool:
+    if isinstance(value, str):
+        return len(value.split(None, 3)) > 3  # words
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(isinstance(part, list | dict) or _is_text(part) for part in parts)
+
+
+def _repeats(value: Any, record: dict[str, Any]) -> bool:
+    if not isinstance(value, str):
+        return False
+    instruction, text_input, output = texts = [record.get(field) or "" for field in FIELDS]
+    return value.strip() in (instruction, text_input, output) or all(text in value for text in texts)
 
 
 def _json_type(value: Any) -> str:
@@ -117,12 +102,22 @@ def _fault(record: Any, optional: Sequence[str]) -> str | None:
         if key in optional and value is None:
             continue
         if key not in record:
-            return f'no "{key}"'
+            return f'no "{key}"{_hint(key, record)}'
         if not isinstance(value, str):
             return f'"{key}" is {_json_type(value)}, not a string'
         if not value.isascii() and _SURROGATE.search(value):
             return f'"{key}" holds half of a surrogate pair, which is not valid Unicode'
     return None
+
+
+def _hint(missing: str, record: dict[str, Any]) -> str:
+    """What a record has instead of a field, and what to make of it."""
+    alike = {"instruction": _QUESTIONS, "output": _ANSWERS}[missing]
+    for key in record:
+        if key.strip().lower() == missing or key.lower() in alike:
+            return f' but "{key}": rename it'
+    turns = next((key for key in record if key.lower() in _TURNS), None)
+    return f' but "{turns}": make each question and answer a record of its own' if turns else ""
 
 
 @dataclass
@@ -146,28 +141,15 @@ def tokenize(sources: Sequence[str], targets: Sequence[str], tokenizer: Any) -> 
         for first in range(0, len(sources), _TOKENIZER_BATCH):
             source = list(sources[first : first + _TOKENIZER_BATCH])
             target = targets[first : first + _TOKENIZER_BATCH]
-            whole = _encode([s + t for s, t in zip(source, target, strict=True)], tokenizer)
+            whole = encode([s + t for s, t in zip(source, target, strict=True)], tokenizer)
             lengths.extend(map(len, whole))
-            prompt_lengths.extend(map(len, _encode(source, tokenizer)))
+            prompt_lengths.extend(map(len, encode(source, tokenizer)))
             ids.extend(np.array(tokens, dtype=np.int32) for tokens in whole)
             progress.update(len(source))
     lengths = np.array(lengths, dtype=np.int32)
     starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)[:-1]]) if len(lengths) else np.zeros(0, np.int64)
     flat = np.concatenate(ids) if ids else np.zeros(0, np.int32)
     return TokenizedTexts(flat, starts, lengths, np.minimum(np.array(prompt_lengths, dtype=np.int32), lengths))
-
-
-def _encode(texts: list[str], tokenizer: Any) -> list[list[int]]:
-    """Token ids as `tokenizer(texts, truncation=True)` gives them, without the offsets that no one asks for."""
-    max_length = min(tokenizer.model_max_length, 2**31)
-    if not tokenizer.is_fast:
-        return tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
-    backend = tokenizer.backend_tokenizer
-    backend.no_padding()
-    backend.enable_truncation(max_length, direction=tokenizer.truncation_side)
-    encodings = backend.encode_batch_fast(texts)
-    backend.no_truncation()  # or it would be saved with the tokenizer
-    return [encoding.ids for encoding in encodings]
 
 
 def preprocess(sources: Sequence[str], targets: Sequence[str], tokenizer: Any) -> dict[str, list[torch.Tensor]]:
@@ -207,7 +189,7 @@ class SupervisedDataset(Dataset):
         self.dropped = np.flatnonzero(~has_response).tolist()
         if not len(self.rows):
             limit = f"within {tokenizer.model_max_length} tokens; raise --model_max_length"
-            raise _bad_data(f"{data_path}: no example has any of its response {limit}")
+            raise bad_data(f"{data_path}: no example has any of its response {limit}")
 
     def __len__(self) -> int:
         return len(self.rows)

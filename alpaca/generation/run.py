@@ -92,7 +92,8 @@ def begin_or_continue(log: Log, output_dir: str, header: dict[str, Any], setting
         log.append({"run": header})
     else:
         for name, value in header.items():
-            if (known := log.records[0]["run"][name]) != value:
+            # A run that is older than a rule goes on without it.
+            if (known := log.records[0]["run"].get(name, value)) != value:
                 change = f"{name} {known} → {value}" if isinstance(value, int) else name
                 raise ExpectedError(
                     f"{output_dir} holds a run of another kind ({change}); restore that or choose another --output_dir",

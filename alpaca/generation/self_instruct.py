@@ -1,49 +1,33 @@
-"""Self-instruct's pure part: seed tasks → prompts, answers → tasks, of which the new are kept (Wang et al. 2022, §2.2).
+"""Self-instruct's pure part: seed tasks → prompts, and of the answers' tasks the new ones (Wang et al. 2022, §2.2).
 
 Alpaca's changes to the method are kept: one answer holds a whole set of tasks, without telling classification apart.
 """
 
 import collections
 import functools
-import itertools
 import json
 import os
 import random
 import re
-import string
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 
 from alpaca.common import ROOT, ExitCode, ExpectedError, atomic_write
 from alpaca.data.similarity import TokenEncoder, rouge_l
+from alpaca.generation.parsing import Limits, parse_response, reason_to_drop
 
+SHOWN_OF_AN_ANSWER = 300  # characters of one that can't be read
 TASKS_PER_PROMPT = 20  # prompt.txt asks for a set of this many, the seed tasks included
-# What a language model cannot do with text alone, by the words that teachers used for it.
-BLACKLIST = (
-    *("image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps", "draw", "plot"),
-    *("go to", "video", "audio", "music", "flowchart", "diagram"),
-)
-
-
-class Limits(NamedTuple):
-    """What a task must satisfy to be kept."""
-
-    max_similarity: float = 0.7  # ROUGE-L with the most similar seed or kept instruction; above is dropped
-    min_words: int = 4
-    max_words: int = 150
-    blacklist: tuple[str, ...] = BLACKLIST
-
-
-DEFAULT_LIMITS = Limits()
 
 
 # ------------------------------------------------------------------------------------------------------------- prompts
 
 
 @functools.cache
-def prompt_text() -> str:
+def prompt_text(language: str = "English") -> str:
+    """prompt.txt, with another language wherever it says "in English"."""
     path = ROOT / "prompt.txt"
     try:
         with open(path, encoding="utf-8") as file:
@@ -52,15 +36,21 @@ def prompt_text() -> str:
         raise ExpectedError(f"{path}: {error}; restore it", ExitCode.DATA)
     if not text.strip():
         raise ExpectedError(f"{path} is empty; restore it", ExitCode.DATA)
-    return text
+    if language != "English" and "in English" not in text:
+        raise ExpectedError(
+            f'--language {language}: {path} does not say "in English" anywhere, which this would replace; write the '
+            "language into the file instead",
+            ExitCode.USAGE,
+        )
+    return text.replace("in English", f"in {language}")
 
 
-def encode_prompt(prompt_instructions: Iterable[dict[str, str]]) -> str:
+def encode_prompt(prompt_instructions: Iterable[dict[str, str]], language: str = "English") -> str:
     """Tasks {"instruction", "input", "output"} → prompt.txt, the tasks numbered from 1, and the next task's beginning.
 
     …\\n###\\n1. Instruction: Name a colour.\\n1. Input:\\n<noinput>\\n1. Output:\\nBlue\\n###\\n2. Instruction:
     """
-    parts = [prompt_text()]
+    parts = [prompt_text(language)]
     number = 0
     for number, task in enumerate(prompt_instructions, 1):
         instruction = re.sub(r"\s+", " ", task["instruction"]).strip().rstrip(":")
@@ -103,174 +93,48 @@ def read_seed_tasks(path: str, at_least: int) -> list[dict[str, str]]:
     return tasks
 
 
-# ------------------------------------------------------------------------------------------------------------- parsing
-
-# "5. Input:" at the start of a line, however teachers dress it: "**5. Input:**", "### 5) Instruction: …"
-_HEADER = re.compile(
-    r"^(?P<dress>[#>*_ \t]*)(?P<number>\d{1,4})[.)][ \t]*[*_]*(?P<part>Instruction|Input|Output)[ \t]*[*_]*:[*_]*",
-    re.MULTILINE | re.IGNORECASE,
-)
-_INLINE = re.compile(r"\b(?P<number>\d{1,4})[.)][ \t]*(?P<part>Input|Output)[ \t]*:", re.IGNORECASE)
-_SEPARATOR = re.compile(r"[ \t]*(?:#{2,}|-{3,}|={3,}|\*{3,}|_{3,})[ \t]*")
-_FENCE = re.compile(r"[ \t]*```[\w+-]*[ \t]*")
-# A separator and at most the beginning of a header behind it: the task before is whole.
-_BEGUN = re.compile(
-    rf"\n{_SEPARATOR.pattern}\n?[#>*_ \t]*(?:\d{{1,4}}(?:[.)][ \t]*[*_]*I?n?s?t?r?u?c?t?i?o?n?[*_]*)?)?\Z",
-    re.IGNORECASE,
-)
-_NO_INPUT = re.compile(r"<\s*no\s*-?\s*input\s*>\.?|noinput", re.IGNORECASE)
-
-
-def split_tasks(text: str, first_number: int) -> list[tuple[int, str]]:
-    """An answer → (number, the text after its "Instruction:") for each task in it.
-
-    A task begins at a line "k. Instruction:" that follows a separator (###, ##, ---), or, where there is no separator,
-    that follows a whole task and begins one. Both are looked for, so that a task which quotes "###" or "7. Output:"
-    stays whole. The prompt ends with "4. Instruction:", so most answers begin behind it; others repeat it.
-    """
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    headers = list(_HEADER.finditer(text))
-    parts = [header["part"].lower() for header in headers]
-    if "instruction" not in parts[:1] or _INLINE.search(text, 0, headers[0].start()):
-        lines = text.strip().split("\n", 1)
-        lines = lines[1:] if _FENCE.fullmatch(lines[0]) else lines
-        text = f"{first_number}. Instruction: " + "\n".join(lines)
-        headers = list(_HEADER.finditer(text))
-        parts = [header["part"].lower() for header in headers]
-    numbers = [int(header["number"]) for header in headers]
-    starts: list[int] = []  # indices into headers
-    whole = False  # whether the present task has had its output
-    for index, part in enumerate(parts):
-        if part == "output" and starts and numbers[index] == numbers[starts[-1]]:
-            whole = True
-        if part != "instruction":
-            continue
-        if starts and not _after_separator(text, headers[index]):
-            following = [*itertools.takewhile(lambda i: parts[i] != "instruction", range(index + 1, len(parts)))]
-            begins_one = any(parts[i] == "output" and numbers[i] == numbers[index] for i in following)
-            is_last = index + len(following) + 1 == len(parts)
-            if not whole or not (begins_one or (is_last and numbers[index] == numbers[starts[-1]] + 1)):
-                continue
-        starts.append(index)
-        whole = False
-    ends = [headers[index].start() for index in starts[1:]] + [len(text)]
-    return [(numbers[i], text[headers[i].end() : end]) for i, end in zip(starts, ends, strict=True)]
-
-
-def _after_separator(text: str, header: re.Match) -> bool:
-    if "#" in header["dress"]:
-        return True
-    end = header.start()
-    while end > 0:
-        start = text.rfind("\n", 0, end - 1) + 1
-        line = text[start : end - 1]
-        if line.strip() and not _FENCE.fullmatch(line):
-            return _SEPARATOR.fullmatch(line) is not None
-        end = start
-    return True
-
-
-def _clean_end(text: str) -> str:
-    """Without the separators, and the fence around the whole answer, that may follow a task."""
-    lines = text.strip().split("\n")
-    fences = sum(line.lstrip().startswith("```") for line in lines)
-    while lines:
-        if lines[-1].strip() == "```" and fences % 2:  # closes nothing that the task opened
-            fences -= 1
-        elif lines[-1].strip() and not _SEPARATOR.fullmatch(lines[-1]):
-            break
-        lines.pop()
-    return "\n".join(lines).strip()
-
-
-def _split_parts(number: int, body: str) -> tuple[str, str, str] | None:
-    """A task's text → instruction, input, output; None where "number. Input:" or "number. Output:" is missing."""
-    for pattern in (_HEADER, _INLINE):  # in lines of their own, or else anywhere
-        marks = [(mark, mark["part"].lower()) for mark in pattern.finditer(body) if int(mark["number"]) == number]
-        given = next((mark for mark, part in marks if part == "input"), None)
-        output = next(
-            (mark for mark, part in marks if given and part == "output" and mark.start() >= given.end()), None
+def check_seed_tasks(seed_tasks: list[dict[str, str]], limits: Limits) -> None:
+    """Raises ExpectedError (USAGE) where the filters would drop most seed tasks, and so most answers."""
+    reasons = collections.Counter(
+        reason
+        for task in seed_tasks
+        if (reason := reason_to_drop(task["instruction"].strip(), task["output"].strip(), limits))
+    )
+    if 2 * reasons.total() > len(seed_tasks):
+        counts = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
+        raise ExpectedError(
+            f"the filters would drop {reasons.total()} of the {len(seed_tasks)} seed tasks ({counts}), and so most "
+            "of what is written after them; change --min_words, --max_words or --blacklist, or the seeds, or give "
+            "--seeds_anyway True to go on",
+            ExitCode.USAGE,
         )
-        if output:
-            instruction, given_text = body[: given.start()].strip(), body[given.end() : output.start()].strip()
-            return instruction, given_text, _clean_end(body[output.end() :])
-    return None
-
-
-@functools.lru_cache
-def _word_pattern(words: tuple[str, ...]) -> re.Pattern:
-    return re.compile(r"\b(?:" + "|".join(map(re.escape, words)) + r")\b", re.IGNORECASE)
-
-
-def find_word_in_string(w: str, s: str) -> re.Match | None:
-    """The first place where `w` stands in `s` as a whole word, whatever the case."""
-    return _word_pattern((w,)).search(s)
-
-
-def _reason_to_drop(instruction: str, output: str, limits: Limits) -> str | None:
-    """Why a task is not kept, in 2023's order; None if it is good."""
-    words = len(instruction.split())
-    if words < limits.min_words:
-        return "too short"
-    if words > limits.max_words:
-        return "too long"
-    if limits.blacklist and _word_pattern(limits.blacklist).search(instruction):
-        return "blacklisted word"
-    # Teachers liked to add "Write a program" to existing tasks, which leaves open whether to write it or to run it.
-    if instruction.startswith("Write a program"):
-        return "write a program"
-    if instruction[0] in string.punctuation:
-        return "begins with punctuation"
-    if not instruction[0].isascii():
-        return "begins outside ASCII"
-    return None if output else "empty output"
-
-
-def parse_response(
-    num_prompt_instructions: int, response: dict[str, Any], limits: Limits = DEFAULT_LIMITS
-) -> tuple[list[dict[str, str]], collections.Counter]:
-    """An answer {"text", "finish_reason"} → tasks {"instruction", "input", "output"}, and rejections by reason."""
-    tasks, rejected = [], collections.Counter()
-    found = split_tasks(response["text"], num_prompt_instructions + 1) if response["text"].strip() else []
-    for index, (number, body) in enumerate(found):
-        if response["finish_reason"] == "length" and index == len(found) - 1:
-            rejected["cut off"] += 1  # decoding stopped for length inside the last task
-            begun = _BEGUN.search(body, max(0, len(body) - 80))
-            if not begun:
-                continue
-            body = body[: begun.start()]
-        parts = _split_parts(number, body)
-        if parts is None:
-            rejected["malformed"] += 1
-            continue
-        instruction, given, output = parts
-        if fault := _reason_to_drop(instruction, output, limits):
-            rejected[fault] += 1
-            continue
-        tasks.append(
-            {"instruction": instruction, "input": "" if _NO_INPUT.fullmatch(given) else given, "output": output}
-        )
-    return tasks, rejected
-
-
-def post_process_gpt3_response(num_prompt_instructions: int, response: dict[str, Any] | None) -> list[dict[str, str]]:
-    """An answer {"text", "finish_reason"} (or None) → the tasks in it that pass the filters."""
-    return parse_response(num_prompt_instructions, response)[0] if response else []
 
 
 # ---------------------------------------------------------------------------------------------------------- similarity
 
 
 class Collection:
-    """What is kept: answers go in, in the order of their requests, and those of their tasks that are new stay."""
+    """What is kept: answers go in, in the order of their requests, and those of their tasks that are new stay.
 
-    def __init__(self, header: dict[str, Any], settings: dict[str, Any], num_cpus: int):
+    The run's header says by which rules: one without "tokenization" and "parser" is older than these, and is read as it
+    was. `say` is told of the first answer of which nothing could be read.
+    """
+
+    def __init__(
+        self,
+        header: dict[str, Any],
+        settings: dict[str, Any],
+        num_cpus: int,
+        say: Callable[[str], None] = lambda message: None,
+    ):
         self.num_prompt_instructions = header["num_prompt_instructions"]
         self.target = settings["num_instructions_to_generate"]
         limits = {name: settings[name] for name in Limits._fields}
         self.limits = Limits(**{**limits, "blacklist": tuple(limits["blacklist"])})
         self.workers = min(num_cpus, os.cpu_count() or 1)  # threads
-        self._encode = TokenEncoder()
+        self._rules = {"tokenization": header.get("tokenization", "ascii"), "parser": header.get("parser", 1)}
+        self._encode = TokenEncoder(self._rules["tokenization"])
+        self._say = say
         self.instructions = list(header["seed_instructions"])
         self.entries = [_entry_text(entry) for entry in header["already_kept"]]
         self.instructions += [entry["instruction"] for entry in header["already_kept"]]
@@ -292,7 +156,12 @@ class Collection:
 
     def add(self, record: dict[str, Any]) -> None:
         response = {"text": record["answer"], "finish_reason": record["finish_reason"]}
-        tasks, rejected = parse_response(self.num_prompt_instructions, response, self.limits)
+        tasks, rejected = parse_response(self.num_prompt_instructions, response, self.limits, **self._rules)
+        if rejected["unreadable answer"] and not self.rejected["unreadable answer"]:
+            begins = " ".join(record["answer"].split())[:SHOWN_OF_AN_ANSWER]
+            self._say(
+                f"request {self.answers}: nothing could be read in its answer, which begins: {begins} (said once)"
+            )
         encoded = [self._encode(task["instruction"]) for task in tasks]
         pool = len(self._encoded)
         # One call for the whole answer, its tasks against each other included: of those columns only the kept count.

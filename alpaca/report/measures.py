@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from alpaca.data.examples import tokenize
 from alpaca.data.similarity import TokenEncoder, rouge_l
+from alpaca.data.words import count_words
 from alpaca.prompts import format_prompt
 
 THRESHOLD = 0.7  # ROUGE-L F above which two instructions count as near-duplicates, as in the generation of 2023
@@ -35,7 +36,7 @@ def measure_lengths(examples: Sequence[dict[str, str]], tokenizer: Any | None) -
     """
     texts = {field: [example[field] for example in examples] for field in ("instruction", "input", "output")}
     texts["input"] = [text for text in texts["input"] if text]
-    lengths = {f"{field}_words": np.array([len(text.split()) for text in texts[field]], dtype=int) for field in texts}
+    lengths = {f"{field}_words": np.array([count_words(text) for text in texts[field]], dtype=int) for field in texts}
     if tokenizer:
         lengths |= {f"{field}_tokens": count_tokens(texts[field], tokenizer) for field in texts}
         prompts = [format_prompt(example) for example in examples]
@@ -177,15 +178,22 @@ def near_duplicates(instructions: Sequence[str]) -> dict[str, Any]:
         "pairs": total,
         "pairs_with_the_same_words": sum(n * (n - 1) // 2 for text, n in collections.Counter(texts).items() if text),
         "rows_in_a_pair": int(in_a_pair.sum()),
+        "not_compared": without_tokens(texts),
         "scores": {**shape, "rows": total, "counts": counts.tolist()},
         "most_similar": [[round(-negative, 4), *rows] for negative, *rows in most_similar],
     }
 
 
+def without_tokens(encoded: Sequence[str]) -> dict[str, Any]:
+    """Rows that no comparison can find alike: they hold no letter or digit of any script."""
+    return finding([row for row, text in enumerate(encoded) if not text])
+
+
 def compare(texts: Sequence[str], pool: Sequence[str]) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """ROUGE-L F of each text to the nearest of the pool (N,), and of each of the pool to the nearest text (M,).
 
-    Also the texts over 0.7 as a finding: [text, its nearest of the pool, score], most alike first.
+    Also findings: "over_threshold", the texts over 0.7 as [text, its nearest of the pool, score], most alike first;
+    and "not_compared", with "pool_not_compared", those without tokens.
     """
     encode = TokenEncoder()
     texts, pool = [encode(text) for text in texts], [encode(text) for text in pool]
@@ -195,14 +203,17 @@ def compare(texts: Sequence[str], pool: Sequence[str]) -> tuple[np.ndarray, np.n
         best[start : start + BLOCK], where[start : start + BLOCK] = scores.max(axis=1), scores.argmax(axis=1)
         pool_best = np.maximum(pool_best, scores.max(axis=0))
     rows = [row for row in np.argsort(-best, kind="stable").tolist() if best[row] > THRESHOLD]
-    return best, pool_best, finding([[row, int(where[row]), round(float(best[row]), 4)] for row in rows])
+    over = finding([[row, int(where[row]), round(float(best[row]), 4)] for row in rows])
+    not_compared = {"not_compared": without_tokens(texts), "pool_not_compared": without_tokens(pool)}
+    return best, pool_best, {"over_threshold": over, **not_compared}
 
 
 def similarity_to_seeds(examples: Sequence[dict[str, str]], seeds: Sequence[dict[str, str]]) -> dict[str, Any]:
     """How close each instruction comes to the nearest seed task; rows over 0.7 as [row, seed, score]."""
-    best, _, over = compare([e["instruction"] for e in examples], [seed["instruction"] for seed in seeds])
+    best, _, findings = compare([e["instruction"] for e in examples], [seed["instruction"] for seed in seeds])
+    findings["seed_tasks_not_compared"] = findings.pop("pool_not_compared")
     mean = round(float(best.mean()), 4)
-    return {"seed_tasks": len(seeds), "mean": mean, "over_threshold": over, "scores": score_histogram(best)}
+    return {"seed_tasks": len(seeds), "mean": mean, **findings, "scores": score_histogram(best)}
 
 
 def contamination(examples: Sequence[dict[str, str]], tasks: Sequence[dict[str, str]]) -> dict[str, Any]:
@@ -214,10 +225,12 @@ def contamination(examples: Sequence[dict[str, str]], tasks: Sequence[dict[str, 
     result: dict[str, Any] = {"tasks": len(tasks)}
     for name, keys in (("instruction", ("instruction",)), ("instruction_and_input", ("instruction", "input"))):
         texts, pool = (["\n".join(entry[key] for key in keys) for entry in entries] for entries in (examples, tasks))
-        _, task_best, over = compare(texts, pool)
+        _, task_best, findings = compare(texts, pool)
         result[name] = {
             "tasks_over_threshold": int((task_best > THRESHOLD).sum()),
-            "rows_over_threshold": over,
+            "rows_over_threshold": findings["over_threshold"],
+            "rows_not_compared": findings["not_compared"],
+            "tasks_not_compared": findings["pool_not_compared"],
             "scores": {**score_histogram(task_best), "mean": round(float(task_best.mean()), 4)},
         }
     return result

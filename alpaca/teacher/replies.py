@@ -20,7 +20,11 @@ class BadAnswer(Exception):
 
 
 def read_answer(text: str, body: dict[str, Any]) -> dict[str, Any]:
-    """A reply to the request `body` → {"choices", "usage", "model"} (model None if not told). Raises BadAnswer."""
+    """A reply to the request `body` → {"choices", "usage", "model"} (model None if not told). Raises BadAnswer.
+
+    "finish_reason" is the server's word, except where the answer used all the tokens it was granted ("length", whatever
+    the server calls it) and where the teacher declined in a field of its own ("refusal", with the text "").
+    """
     try:
         answer = json.loads(text)
     except (ValueError, RecursionError):
@@ -32,17 +36,44 @@ def read_answer(text: str, body: dict[str, Any]) -> dict[str, Any]:
     choices = []
     try:
         for index, choice in enumerate(answer.get("choices") or [None]):
-            content = choice["message"]["content"] if "messages" in body else choice["text"]
             reason, logprobs = choice.get("finish_reason"), choice.get("logprobs")
+            content = _message_text(choice["message"], reason) if "messages" in body else choice["text"]
+            if isinstance(choice.get("message"), dict) and choice["message"].get("refusal") and not content:
+                content, reason = "", "refusal"
             choices.append({"text": content, "index": index, "finish_reason": reason, "logprobs": logprobs})
-    except (TypeError, KeyError):
+    except (TypeError, KeyError, AttributeError):
         raise BadAnswer("no choices", text, usage if counted else None)
     if not all(isinstance(choice["text"], str) for choice in choices):
         raise BadAnswer("null content", text, usage if counted else None)
+    granted = body.get("max_completion_tokens") or body.get("max_tokens")
+    if counted and granted and len(choices) == 1 and usage["completion_tokens"] >= granted:
+        if choices[0]["finish_reason"] not in ("content_filter", "refusal"):
+            choices[0]["finish_reason"] = "length"
     if not counted:  # four characters a token where the server does not count
         lengths = len(str(body.get("prompt") or body.get("messages"))), sum(len(choice["text"]) for choice in choices)
         usage = {name: length // 4 for name, length in zip(usage, lengths, strict=True)}
     return {"choices": choices, "usage": usage, "model": answer.get("model")}
+
+
+def _message_text(message: dict[str, Any], reason: str | None) -> str | None:
+    """What a chat message says: its content, or the text parts of a content list, and never the reasoning beside it.
+
+    None where there is none, for no reason that the server gives: then it may answer when it is asked again.
+    """
+    content = message.get("content")
+    parts = [content] if isinstance(content, dict) else content
+    if isinstance(parts, list):
+        texts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
+        return "".join(
+            part["text"]["value"] if isinstance(part["text"], dict) else part["text"]
+            for part in texts
+            if part.get("type", "text") in ("text", "output_text") and part.get("text") and not part.get("thought")
+        )
+    if content is None and (
+        reason not in (None, "stop") or message.get("reasoning_content") or message.get("reasoning")
+    ):
+        return ""  # a filter, or the tokens were used up ahead of the answer
+    return content
 
 
 def read_error(status: int, text: str) -> dict[str, Any]:

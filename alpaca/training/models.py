@@ -6,6 +6,7 @@ import torch
 import transformers
 
 from alpaca.common import ExitCode, ExpectedError, notice
+from alpaca.data.tokenizers import TokenizerLoader
 from alpaca.training.arguments import TrainingArguments
 from alpaca.training.flags import ModelArguments
 
@@ -23,7 +24,7 @@ def from_pretrained(loader: Any, name: str, **options: Any) -> Any:
 
 def load_tokenizer(model_args: ModelArguments, training_args: TrainingArguments) -> Any:
     return from_pretrained(
-        transformers.AutoTokenizer,
+        TokenizerLoader,
         model_args.model_name_or_path,
         cache_dir=training_args.cache_dir,
         model_max_length=training_args.model_max_length,

@@ -4,6 +4,7 @@ import contextlib
 from typing import Any
 
 from alpaca.common import ExitCode, ExpectedError
+from alpaca.data.tokenizers import encode
 
 # The pad token that the 2023 recipe adds to LLaMA (its 32,001st row), and what it gave tokenizers without the others.
 DEFAULT_SPECIAL_TOKENS = {"pad_token": "[PAD]", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
@@ -13,7 +14,8 @@ def complete_tokenizer(tokenizer: Any, pad_token: str | None = None, grow: bool 
     """Give the tokenizer the special tokens that it lacks; returns how many entries its vocabulary gained.
 
     `pad_token` names an existing token to pad with, which leaves the vocabulary as it is; without `grow`, one that the
-    tokenizer has is chosen and nothing is added. Raises ExpectedError if the vocabulary has no such token.
+    tokenizer has is chosen and nothing is added. Raises ExpectedError if the vocabulary has no such token, or the
+    tokenizer takes its end-of-text token apart.
     """
     if not grow:
         pad_token = pad_token or tokenizer.pad_token or tokenizer.unk_token or tokenizer.eos_token
@@ -27,10 +29,15 @@ def complete_tokenizer(tokenizer: Any, pad_token: str | None = None, grow: bool 
                 ExitCode.USAGE,
             )
         tokenizer.pad_token = pad_token
-    if not grow:
-        return 0
     missing = {name: token for name, token in DEFAULT_SPECIAL_TOKENS.items() if not getattr(tokenizer, name)}
-    return tokenizer.add_special_tokens(missing)
+    num_new_tokens = tokenizer.add_special_tokens(missing) if grow else 0
+    if encode([f"a{tokenizer.eos_token}"], tokenizer)[0][-1] != tokenizer.eos_token_id:
+        raise ExpectedError(
+            f"the tokenizer's end-of-text token {tokenizer.eos_token!r} is not one token inside a text, so no answer "
+            "would learn to end; look for split_special_tokens or eos_token in its tokenizer_config.json",
+            ExitCode.USAGE,
+        )
+    return num_new_tokens
 
 
 def resize_embeddings(model: Any, tokenizer: Any, num_new_tokens: int) -> None:

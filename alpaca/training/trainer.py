@@ -1,17 +1,21 @@
 """The Hugging Face Trainer with this project's batches, checks and saves."""
 
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from transformers import ProgressCallback, Trainer
 
 from alpaca.common import notice
+from alpaca.data.examples import IGNORE_INDEX
 from alpaca.training.batches import BalancedBatchSampler, DataCollatorWithoutPadding
 from alpaca.training.callbacks import ProgressBar, ShardingCheck, SpaceCheck, StepWatch
 from alpaca.training.checkpoints import finish_checkpoint, publish_model, remove_checkpoint, stage_model, writing
 from alpaca.training.loss import use_lean_loss
-from alpaca.training.processes import once_for_all_ranks
+from alpaca.training.noise import add_noise_by_example
+from alpaca.training.processes import gather_from_all_ranks, once_for_all_ranks
 
 
 class AlpacaTrainer(Trainer):
@@ -22,12 +26,16 @@ class AlpacaTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.args.remove_unused_columns = False  # "record" is for the collator, which asks for no more than it needs
         self.data_collator.with_records = True
+        without_lora = getattr(self.model, "get_base_model", lambda: self.model)()
         if not self.args.label_smoothing_factor:  # smoothing needs the logits of all tokens, the library's loss
             if isinstance(self.data_collator, DataCollatorWithoutPadding):
                 self.data_collator.responses_only = True
             if not self.args.use_liger_kernel:
-                without_lora = getattr(self.model, "get_base_model", lambda: self.model)()
                 use_lean_loss(without_lora)
+        if self.neftune_noise_alpha and isinstance(self.data_collator, DataCollatorWithoutPadding):
+            add_noise_by_example(without_lora, self.neftune_noise_alpha)
+            self.neftune_noise_alpha = None  # the library's own, which takes the row for one example
+        self._say_what_routers_add()
         self.balance_tokens = balance_tokens
         self.watch = StepWatch()
         for callback in (ShardingCheck(), SpaceCheck(), self.watch):
@@ -43,22 +51,34 @@ class AlpacaTrainer(Trainer):
             self.balance_tokens = False
         if not self.balance_tokens:
             return super().get_train_dataloader()
-        sampler = BalancedBatchSampler(
-            self._get_train_sampler(),
-            self.train_dataset.lengths,
-            self._train_batch_size,
+        batch_size, accumulation = self._train_batch_size, args.gradient_accumulation_steps
+        drop_last = args.dataloader_drop_last
+        return self._balanced(self.train_dataset, self._get_train_sampler(), batch_size, accumulation, drop_last)
+
+    def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
+        """Every example once, on any number of processes, in micro-batches of nearly equal token counts."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        batch_size = self.args.eval_batch_size
+        return self._balanced(dataset, SequentialSampler(dataset), batch_size, -(-len(dataset) // batch_size), False)
+
+    def _balanced(self, dataset: Any, sampler: Any, batch_size: int, accumulation: int, drop_last: bool) -> DataLoader:
+        args = self.args
+        batch_sampler = BalancedBatchSampler(
+            sampler,
+            dataset.lengths,
+            batch_size,
             args.world_size,
-            args.gradient_accumulation_steps,
+            accumulation,
             padded=not isinstance(self.data_collator, DataCollatorWithoutPadding),
-            drop_last=args.dataloader_drop_last,
+            drop_last=drop_last,
         )
         loader = DataLoader(
-            self.train_dataset,
-            batch_sampler=sampler,
+            dataset,
+            batch_sampler=batch_sampler,
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
-            persistent_workers=args.dataloader_persistent_workers,
+            persistent_workers=args.dataloader_persistent_workers and dataset is self.train_dataset,
             prefetch_factor=args.dataloader_prefetch_factor,
         )
         return self.accelerator.prepare(loader)
@@ -71,6 +91,35 @@ class AlpacaTrainer(Trainer):
             if self.is_deepspeed_enabled and self.accelerator.sync_gradients:
                 self.watch.check_step(self.args, self.state, None)  # its backward pass ends with the optimizer's step
         return outcome
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """A micro-batch of an evaluation: its loss and number of trained tokens are kept for `evaluation_loop`."""
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs["shift_labels"] if "shift_labels" in inputs else inputs["labels"][:, 1:]
+        tokens = (labels != IGNORE_INDEX).sum()
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs).detach().float()
+        self._evaluated.append(torch.stack([torch.where(tokens > 0, loss * tokens, 0), tokens]))
+        return loss, None, None
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        """The library's, with the loss over all trained tokens of all processes: it would average micro-batches."""
+        self._evaluated = []
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        sums = torch.stack(self._evaluated).cpu().double().sum(dim=0).tolist()
+        loss, tokens = (sum(values) for values in zip(*gather_from_all_ranks(sums), strict=True))
+        output.metrics[f"{metric_key_prefix}_loss"] = loss / tokens
+        return output
+
+    def _say_what_routers_add(self) -> None:
+        config, args = self.model.config.get_text_config(), self.args
+        parts = args.gradient_accumulation_steps * args.world_size
+        if getattr(config, "output_router_logits", False) and parts > 1:
+            notice(
+                "this model adds an auxiliary loss for its routers (output_router_logits) to each micro-batch, so that "
+                f"a step of {parts} micro-batches has it {parts} times, in the loss that is logged as well; divide "
+                "router_aux_loss_coef in its config.json by as much, or set output_router_logits to false"
+            )
 
     def _get_grad_norm(self, model, grad_norm=None):
         """Called between the clipping of gradients and the optimizer's step."""

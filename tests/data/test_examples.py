@@ -56,9 +56,10 @@ def make_tokenizer(kind):
             vocab_size=600, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
         )
         return fast(models.BPE(), trainer, pre_tokenizers.ByteLevel(), decoders.ByteLevel(), post="<s> $A")
-    if kind == "bpe that adds eos":
+    if kind.startswith("bpe that adds"):
         trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special)
-        return fast(models.BPE(unk_token="<unk>"), trainer, pre_tokenizers.Metaspace(), post="<s> $A </s>")
+        post = "<s> $A </s>" if kind == "bpe that adds eos" else "<s> $A"
+        return fast(models.BPE(unk_token="<unk>"), trainer, pre_tokenizers.Metaspace(), post=post)
     if kind == "wordpiece":
         trainer = trainers.WordPieceTrainer(vocab_size=600, special_tokens=special)
         model = models.WordPiece(unk_token="<unk>")
@@ -70,7 +71,14 @@ def make_tokenizer(kind):
         # No pre-tokenizer: ":" and "::" and what follows may become one token.
         trainer = trainers.BpeTrainer(vocab_size=3000, special_tokens=special, max_token_length=40)
         return fast(models.BPE(unk_token="<unk>"), trainer, None)
-    return transformers.ByT5Tokenizer()  # written in Python, not in Rust
+    return EndlessByT5Tokenizer() if kind == "byt5 without eos" else transformers.ByT5Tokenizer()
+
+
+class EndlessByT5Tokenizer(transformers.ByT5Tokenizer):
+    """Written in Python, not in Rust."""
+
+    def build_inputs_with_special_tokens(self, token_ids_0, token_ids_1=None):
+        return token_ids_0
 
 
 KINDS = [
@@ -83,10 +91,12 @@ KINDS = [
     "merges across the boundary",
     "byt5",
 ]
+# What a tokenizer that appends an end token is to be compared with.
+APPENDS_NOTHING = {"bpe that adds eos": "bpe that adds bos", "byt5": "byt5 without eos"}
 
 
 def one_at_a_time(sources, targets, tokenizer):
-    """The 2023 method, in its own steps."""
+    """The 2023 method, in its own steps, for a tokenizer that appends nothing."""
     rows = []
     for source, target in zip(sources, targets, strict=True):
         options = {"return_tensors": "pt", "max_length": tokenizer.model_max_length, "truncation": True}
@@ -106,7 +116,12 @@ def test_tokens_and_labels_equal_the_obvious_method(kind, limit):
     sources = [format_prompt(example) for example in AWKWARD]
     targets = [example["output"] + tokenizer.eos_token for example in AWKWARD]
     ours = preprocess(sources, targets, tokenizer)
-    slow = one_at_a_time(sources, targets, tokenizer)
+    plain = tokenizer
+    if kind in APPENDS_NOTHING:
+        plain = make_tokenizer(APPENDS_NOTHING[kind])
+        complete_tokenizer(plain)
+        plain.model_max_length = limit
+    slow = one_at_a_time(sources, targets, plain)
     for input_ids, labels, (slow_ids, slow_labels) in zip(ours["input_ids"], ours["labels"], slow, strict=True):
         assert input_ids.dtype == labels.dtype == torch.int64
         assert torch.equal(input_ids, slow_ids)
@@ -142,12 +157,12 @@ def test_input_may_be_missing_or_null_and_other_columns_are_ignored(tmp_path):
     ("content", "name", "said"),
     [
         ('[{"instruction": "a",\n "output": }]', "data.json", ["line 2 column 12"]),
-        ('{"instruction": "a"}\n{"instruction": "b"}', "data.json", ["line 2 column 1", ".jsonl"]),
-        ('{"instruction": "a", "output": "b"}', "data.json", ["an object", "list of examples"]),
         ('{"instruction": "a", "output": "b"}\n{"instruction": ', "data.jsonl", ["line 2 column 17"]),
         ("[]", "data.json", ["no examples"]),
-        ("", "data.json", ["line 1 column 1"]),
-        ("[" * 100000, "data.json", ["data.json"]),
+        ("", "data.json", ["no examples"]),
+        ("[" * 100000, "data.json", ["nested too deeply"]),
+        ('{"instruction": "a", "output": "b"}\n' + '{"input":' * 100000, "data.jsonl", ["nested", "after line 2"]),
+        ('[{"instruction": "a",\n "output": ' + "9" * 5000 + "}]", "data.json", ["number too large"]),
     ],
 )
 def test_broken_files_end_in_exit_3_with_the_place(tmp_path, content, name, said):

@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 
 from alpaca.data.similarity import TokenEncoder, rouge_l
-from alpaca.generation.self_instruct import encode_prompt, post_process_gpt3_response
+from alpaca.generation.parsing import post_process_gpt3_response
+from alpaca.generation.self_instruct import encode_prompt
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = (ROOT / "prompt.txt").read_text(encoding="utf-8")
@@ -50,8 +51,8 @@ def hash_text(text: str) -> str:
 
 
 def similarities(candidates: list[str], pool: list[str]) -> np.ndarray:
-    """ROUGE-L F of texts against texts: (M, N)."""
-    encode = TokenEncoder()
+    """ROUGE-L F of texts against texts: (M, N). In ASCII words, which the reference has hashes of."""
+    encode = TokenEncoder("ascii")
     return rouge_l([encode(text) for text in candidates], [encode(text) for text in pool])
 
 

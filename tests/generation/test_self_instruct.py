@@ -1,10 +1,7 @@
-"""Prompts, parsing and what is kept: 2023's layout, filters and similarity, and what teachers really write."""
+"""Prompts and what is kept: 2023's layout and similarity, and other languages."""
 
 import json
 import random
-import re
-import string
-import time
 
 import numpy as np
 import pytest
@@ -12,15 +9,13 @@ from rouge_score import rouge_scorer
 
 from alpaca.common import ExitCode, ExpectedError
 from alpaca.data.similarity import TokenEncoder, rouge_l
+from alpaca.data.words import TOKENIZATION
+from alpaca.generation.parsing import BLACKLIST, PARSER, Limits, parse_response
 from alpaca.generation.self_instruct import (
-    BLACKLIST,
-    DEFAULT_LIMITS,
     Collection,
+    check_seed_tasks,
     encode_prompt,
-    find_word_in_string,
     largest,
-    parse_response,
-    post_process_gpt3_response,
     read_seed_tasks,
     sample_seed_tasks,
 )
@@ -36,22 +31,6 @@ TASKS = [
         "output": "Air scatters blue light more.\n\nThat is all.",
     },
 ]
-
-
-def written(tasks, first=4, separator="###\n", head=True, header="{n}. {part}:"):
-    """Tasks in the layout that the prompt asks for, with variations."""
-    parts = []
-    for n, task in enumerate(tasks, first):
-        lines = [header.format(n=n, part="Instruction") + " " + task["instruction"]]
-        lines += [header.format(n=n, part="Input"), task["input"] or "<noinput>"]
-        lines += [header.format(n=n, part="Output"), task["output"]]
-        parts.append("\n".join(lines) + "\n")
-    text = separator.join(parts)
-    return text if head else text.removeprefix(header.format(n=first, part="Instruction"))
-
-
-def parsed(text, finish_reason="stop"):
-    return post_process_gpt3_response(3, {"text": text, "finish_reason": finish_reason})
 
 
 def test_prompt_layout():
@@ -72,185 +51,6 @@ def test_prompt_depends_on_seed_and_number_only():
     assert [sample_seed_tasks(tasks, number, 1, 3) for number in range(50)] != forward
     assert len({tuple(task["id"] for task in sample) for sample in forward}) > 45
     assert all(len({task["id"] for task in sample}) == 3 for sample in forward)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        pytest.param(written(TASKS, head=False), id="behind the prompt's last line"),
-        pytest.param(written(TASKS), id="prompt's last line repeated"),
-        pytest.param("###\n" + written(TASKS) + "###\n", id="separators all around"),
-        pytest.param(written(TASKS, separator="##\n"), id="two hashes"),
-        pytest.param(written(TASKS, separator="\n---\n\n"), id="rules"),
-        pytest.param(written(TASKS, separator=""), id="no separators"),
-        pytest.param(written(TASKS, separator="\n\n"), id="blank lines"),
-        pytest.param("```\n" + written(TASKS) + "```", id="fenced"),
-        pytest.param("Here are the tasks:\n\n```text\n" + written(TASKS) + "```\n", id="preamble and fence"),
-        pytest.param("Sure! Here is the list.\n" + written(TASKS), id="preamble"),
-        pytest.param(written(TASKS).replace("\n", "\r\n"), id="CRLF"),
-        pytest.param(written(TASKS, head=False).replace("\n", "\r\n"), id="CRLF behind the prompt"),
-        pytest.param(written(TASKS, header="**{n}. {part}:**"), id="bold"),
-        pytest.param(written(TASKS, header="{n}. **{part}:**"), id="bold name"),
-        pytest.param(written(TASKS, header="### {n}. {part}:", separator=""), id="headings"),
-        pytest.param(written(TASKS, header="{n}) {part}:"), id="parenthesis"),
-        pytest.param(written(TASKS, first=1), id="numbered from 1"),
-        pytest.param(written(TASKS[:2], first=4) + "###\n" + written(TASKS[2:], first=1), id="restart"),
-        pytest.param(written(TASKS[:2], first=4) + written(TASKS[2:], first=1), id="restart without separator"),
-        pytest.param(written(TASKS[:2]) + "###\n" + written(TASKS[2:], first=4), id="number repeated"),
-        pytest.param(written(TASKS, first=18), id="numbers with two digits"),
-        pytest.param(written(TASKS, head=False).replace("<noinput>", "<NoInput>"), id="noinput in other case"),
-        pytest.param(re.sub(r"\n(\d\. (Input|Output):)\n", r" \1 ", written(TASKS)), id="all in one line"),
-    ],
-)
-def test_what_teachers_write(text):
-    assert parsed(text) == TASKS
-
-
-@pytest.mark.parametrize(
-    "task",
-    [
-        {"instruction": "Explain Markdown headings to me.", "input": "", "output": "Write\n###\nbefore a heading."},
-        {
-            "instruction": "Continue this list of parts.",
-            "input": "5. Output:\n6. Input:",
-            "output": "7. Output:\n5. Output: x",
-        },
-        {"instruction": "Continue this list of parts.", "input": "x", "output": "4. Output: again\n4. Input: again"},
-        {
-            "instruction": "What does this line ask for?",
-            "input": "5. Instruction: Name a colour",
-            "output": "A colour.",
-        },
-        {"instruction": "Write code that prints a rule.", "input": "", "output": "```python\nprint('---')\n```"},
-        {
-            "instruction": "How many days are in a leap year?",
-            "input": "",
-            "output": "366\n\n20. is not the answer. 20.",
-        },
-    ],
-)
-@pytest.mark.parametrize("separator", ["###\n", "\n##\n\n", ""])
-@pytest.mark.parametrize("fence", ["", "```\n"])
-def test_quotations_stay_in_their_task(task, separator, fence):
-    text = fence + written([task, *TASKS], separator=separator) + fence
-    assert parsed(text) == [task, *TASKS]
-
-
-def test_decoding_stopped_for_length_drops_the_last_task():
-    text = written(TASKS, head=False)
-    assert parsed(text, "length") == TASKS[:2]
-    for cut in range(len(text)):
-        complete = text[:cut].count("###")
-        begun = text[:cut].endswith("##") and not text[:cut].endswith("###")
-        assert parsed(text[:cut], "length") == TASKS[: complete + begun]
-    for cut in range(len(text)):  # and without separators nothing of a begun task flows into the one before
-        for task in parsed(written(TASKS, separator="")[:cut], "length"):
-            assert task in TASKS
-
-
-def test_empty_answers():
-    assert post_process_gpt3_response(3, None) == []
-    for text in ("", " \n", "###", "```\n```", "4. Instruction:", "I cannot help with that."):
-        assert parsed(text) == []
-
-
-def slow_reason(instruction, output):
-    """The 2023 filters, written out; an empty output is dropped in addition."""
-    if not 3 < len(instruction.split()) <= 150:
-        return "length"
-    words = (
-        "image images graph graphs picture pictures file files map maps draw plot video audio music flowchart diagram"
-    )
-    if any(re.search(rf"\b{word}\b", instruction, re.IGNORECASE) for word in [*words.split(), "go to"]):
-        return "word"
-    if instruction.startswith("Write a program"):
-        return "program"
-    if instruction[0] in string.punctuation or not instruction[0].isascii():
-        return "first"
-    return None if output else "output"
-
-
-def test_filters_equal_the_2023_ones():
-    rng = random.Random(0)
-    vocabulary = [
-        *BLACKLIST,
-        *"Draw MAPS profile roadmap drawing write a the story Write program ¿Qué 写 (a) -x".split(),
-    ]
-    vocabulary += ["tell", "me", "about", "your", "holiday"] * 12
-    seen = set()
-    for _ in range(4000):
-        instruction = " ".join(rng.choices(vocabulary, k=rng.choice([1, 2, 3, 4, 5, 6, 8, 149, 150, 151])))
-        instruction = rng.choice(["", "", "", "Write a program that "]) + instruction
-        output = rng.choice(["fine", "fine", "fine", ""])
-        tasks, rejected = parse_response(
-            3, {"text": written([{"instruction": instruction, "input": "", "output": output}]), "finish_reason": "stop"}
-        )
-        expected = slow_reason(instruction, output)
-        assert bool(tasks) == (expected is None), instruction
-        assert sum(rejected.values()) == (expected is not None)
-        seen |= {expected, *rejected}
-    assert {"length", "word", "program", "first", "output", None} <= seen
-    assert {"too short", "too long", "begins with punctuation", "begins outside ASCII", "empty output"} <= seen
-
-
-def test_find_word_in_string():
-    assert find_word_in_string("map", "Draw a Map.") and find_word_in_string("go to", "Please GO TO the shop")
-    assert not find_word_in_string("map", "a roadmap") and not find_word_in_string("file", "my profile")
-
-
-def test_rejections_are_counted_by_reason():
-    tasks = [
-        *TASKS,
-        {"instruction": "Too short", "input": "", "output": "x"},
-        {"instruction": "Draw a house with a garden.", "input": "", "output": "x"},
-        {"instruction": "Say nothing at all here.", "input": "", "output": ""},
-    ]
-    text = written(tasks) + "###\n10. Instruction: no parts here at all\n###\n11. Instruction: cut"
-    kept, rejected = parse_response(3, {"text": text, "finish_reason": "length"}, DEFAULT_LIMITS)
-    assert kept == TASKS
-    assert rejected == {"too short": 1, "blacklisted word": 1, "empty output": 1, "malformed": 1, "cut off": 1}
-
-
-@pytest.mark.parametrize("finish_reason", ["stop", "length"])
-def test_a_megabyte_of_garbage_is_parsed_within_a_second(finish_reason):
-    rng = random.Random(0)
-    pieces = [
-        "4. Instruction:",
-        "5. Output:\n",
-        "\n",
-        "###",
-        "\n6. Input:",
-        " ",
-        "#",
-        "```\n",
-        "*",
-        "1.",
-        "a b c d ",
-        "\r\n",
-    ]
-    garbage = ["".join(rng.choices(pieces, k=250_000)), "".join(map(chr, rng.choices(range(1, 0xD7FF), k=10**6)))]
-    units = (
-        " ",
-        "\n",
-        "#",
-        "*",
-        "#\n",
-        "1. ",
-        "9" * 9,
-        "4. Instruction: ",
-        "4. Instruction:\n",
-        "4. Output:\n",
-        "`",
-        "```\n",
-    )
-    garbage += [(unit * (10**6 // len(unit) + 1))[: 10**6] for unit in units]
-    garbage += ["4. Instruction:" + "\n" * 10**6, "4. Input:" * 100_000 + "4. Output:" * 10_000, "###\n\n" * 200_000]
-    garbage += ["\n".join(f"{n % 9999}. Instruction: a\n{n % 9999}. Output:" for n in range(30_000))]
-    for text in garbage:
-        start = time.process_time()
-        parse_response(3, {"text": text, "finish_reason": finish_reason})
-        # A tenth of a second on an idle machine; parsing in quadratic time would take minutes.
-        assert time.process_time() - start < 10.0, text[:40]
 
 
 def test_seed_tasks_are_checked(tmp_path):
@@ -299,6 +99,7 @@ def slow_collection(seeds, answers):
 
 def fast_collection(seeds, answers, already_kept=()):
     header = {"num_prompt_instructions": 3, "seed_instructions": seeds, "already_kept": list(already_kept)}
+    header |= {"tokenization": TOKENIZATION, "parser": PARSER}
     collection = Collection(header, SETTINGS, num_cpus=2)
     for number, answer in reversed([*enumerate(answers)]):  # the order of arrival is no matter
         collection.waiting[number] = {"answer": answer_text(answer), "finish_reason": "stop"}
@@ -319,8 +120,7 @@ def test_equals_the_2023_loop_on_real_instructions():
             if len(words) > 3 and words[0][0].isalpha():
                 answer.append({"instruction": " ".join(words).rstrip(":"), "input": "", "output": "x"})
         answers.append(answer)
-    answers[3].append({"instruction": "Ça ira très bien mon ami", "input": "", "output": "x"})
-    answers[4].append({"instruction": "a 写一首 关于春天 的诗 吧", "input": "", "output": "x"})
+    answers[3].append({"instruction": "Ask the “old man” how it’s going", "input": "", "output": "x"})
     found, collection = fast_collection(seeds, answers)
     candidates = sum(map(len, answers)) - sum(n for reason, n in collection.rejected.items() if reason != "too similar")
     assert 30 < len(found) < candidates - 30  # both ways are taken
@@ -364,7 +164,7 @@ def test_scores_equal_rouge_score_over_thousands_of_real_pairs():
     texts = [task["instruction"] for task in read_seed_tasks(str(ROOT / "seed_tasks.jsonl"), 3)] + [
         "",
         "?!",
-        "春天 的诗",
+        "Ask the “old man” how it’s going — again…",
     ]
     scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False)
     tokens = [scorer._tokenizer.tokenize(text) for text in texts]
@@ -372,3 +172,77 @@ def test_scores_equal_rouge_score_over_thousands_of_real_pairs():
     encode = TokenEncoder()
     encoded = [encode(text) for text in texts]
     assert rouge_l(encoded, encoded).tobytes() == slow.tobytes()  # 31,684 pairs, not a bit differs
+
+
+# ------------------------------------------------------------------------------------------------------ other languages
+
+LANGUAGES = {  # a task, the same with a word more, another task
+    "Chinese": ("说明如何保存新鲜蔬菜", "请说明如何保存新鲜蔬菜", "写一首关于雨的短诗"),
+    "Japanese": ("新鮮な野菜の保存方法を説明する", "新鮮なお野菜の保存方法を説明する", "雨についての短い詩を書く"),
+    "Thai": ("อธิบายวิธีเก็บรักษาผักสด", "อธิบายวิธีการเก็บรักษาผักสด", "เขียนบทกวีสั้น ๆ เกี่ยวกับฝน"),
+    "Arabic": ("اشرح كيفية حفظ الخضروات الطازجة", "اشرح كيفية حفظ الخضروات الطازجة جيدا", "اكتب قصيدة قصيرة عن المطر"),
+    "Hindi": ("ताज़ी सब्ज़ियाँ रखने का तरीका बताओ", "ताज़ी सब्ज़ियाँ रखने का सही तरीका बताओ", "बारिश पर एक छोटी कविता लिखो"),
+    "Greek": (
+        "Εξήγησε πώς διατηρούνται τα λαχανικά",
+        "Εξήγησε μας πώς διατηρούνται τα λαχανικά",
+        "Γράψε ένα ποίημα για τη βροχή",
+    ),
+    "Hungarian": (
+        "Írd le, hogyan őrizhető a zöldség",
+        "Írd le, hogyan őrizhető meg a zöldség",
+        "Írj egy verset az esőről",
+    ),
+    "German": (
+        "Erkläre, wie Gemüse frisch bleibt",
+        "Erkläre uns, wie Gemüse frisch bleibt",
+        "Schreibe ein Gedicht über Regen",
+    ),
+}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_what_is_new_is_told_in_any_language(language):
+    seed, near, other = LANGUAGES[language]
+    answers = [[{"instruction": text, "input": "", "output": text} for text in (near, other, seed, other)]]
+    found, collection = fast_collection([seed], answers)
+    assert [entry["instruction"] for entry in found] == [other] and collection.rejected == {"too similar": 3}
+    assert found[0]["most_similar_instructions"].keys() == {seed}
+
+
+def test_a_run_without_a_tokenization_goes_on_with_that_of_2023():
+    texts = ["Name a café in Paris", "Name a cafë in Paris", "Erkläre mir den Wald", "写 一 首 诗"]
+    answers = [[{"instruction": text, "input": "", "output": "x"} for text in texts]]
+    header = {"num_prompt_instructions": 3, "seed_instructions": [], "already_kept": []}
+    collection = Collection(header, SETTINGS, num_cpus=1)
+    collection.add({"answer": answer_text(answers[0]), "finish_reason": "stop"})
+    entries = [json.loads(entry) for entry in collection.entries]
+    assert entries == slow_collection([], [[{**task} for task in answers[0] if task["instruction"][0].isascii()]])
+    assert len(entries) == 2 and collection.rejected == {"too similar": 1, "begins outside ASCII": 1}
+    assert [entry["instruction"] for entry in fast_collection([], answers)[0]] == [texts[0], *texts[2:]]
+
+
+def test_the_first_answer_that_cannot_be_read_is_shown():
+    said = []
+    header = {"num_prompt_instructions": 3, "seed_instructions": [], "already_kept": [], "parser": 2}
+    collection = Collection(header, SETTINGS, 1, said.append)
+    for text in ("", "I'm sorry,\nI can't do that.", "Nor that."):
+        collection.add({"answer": text, "finish_reason": "stop"})
+    assert len(said) == 1 and "request 1" in said[0] and "I'm sorry, I can't do that." in said[0]
+    assert collection.rejected == {"empty answer": 1, "unreadable answer": 2}
+
+
+def test_the_prompt_asks_for_another_language():
+    english, hindi = encode_prompt(TASKS), encode_prompt(TASKS, "Hindi")
+    assert english != hindi and hindi == english.replace("in English", "in Hindi")
+
+
+def test_seeds_that_the_filters_would_drop_are_reported():
+    tasks = [{"instruction": f"Say {n} words about it", "output": "x"} for n in range(4)]
+    check_seed_tasks(tasks, Limits())
+    check_seed_tasks(read_seed_tasks(str(ROOT / "seed_tasks.jsonl"), 3), Limits())
+    check_seed_tasks([{"instruction": text, "output": "x"} for texts in LANGUAGES.values() for text in texts], Limits())
+    tasks += [{"instruction": "Sing it", "output": "x"} for _ in range(4)]
+    check_seed_tasks(tasks, Limits())  # half of them: not most
+    with pytest.raises(ExpectedError, match=r"5 of the 9 seed tasks \(too short 4, empty output 1\)") as error:
+        check_seed_tasks([*tasks, {"instruction": "Say nothing at all here", "output": ""}], Limits())
+    assert error.value.exit_code == ExitCode.USAGE and "--seeds_anyway True" in str(error.value)

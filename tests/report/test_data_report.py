@@ -86,7 +86,7 @@ def test_no_input_is_written_over(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        ("[", "can't be read: Expecting value"),
+        ("[", "is not valid JSON: Expecting value"),
         ("[]", "holds no tasks"),
         ('[{"instruction": 1}]', "record 0"),
         ('[{"instruction": "A"}, {"instruction": "B", "instances": []}]', "record 1"),

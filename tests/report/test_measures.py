@@ -162,3 +162,53 @@ def test_outputs_are_listed_by_row():
     assert report["empty"] == {"count": 2, "rows": [1, 4]}
     assert report["truncated_looking"] == {"count": 1, "rows": [3]}
     assert report["non_ascii"] == {"count": 1, "rows": [2], "rows_by_character": {"é": 1}}
+
+
+SENTENCES = {
+    "Chinese": ("说明如何保存新鲜蔬菜", "请说明如何保存新鲜的蔬菜", "写一首关于雨的短诗"),
+    "Japanese": (
+        "新鮮な野菜の保存方法を説明してください",
+        "新鮮な野菜の保存法を説明して下さい",
+        "雨についての短い詩を書く",
+    ),
+    "Thai": ("อธิบายวิธีเก็บรักษาผักสด", "อธิบายวิธีการเก็บรักษาผักสด", "เขียนบทกวีสั้น ๆ เกี่ยวกับฝน"),
+    "Arabic": ("اشرح كيفية حفظ الخضروات الطازجة", "اشرح كيفية حفظ الخضروات الطازجة جيدا", "اكتب قصيدة قصيرة عن المطر"),
+    "Hindi": ("ताज़ी सब्ज़ियाँ रखने का तरीका बताओ", "ताज़ी सब्ज़ियाँ रखने का सही तरीका बताओ", "बारिश पर एक छोटी कविता लिखो"),
+    "Greek": (
+        "Εξήγησε πώς διατηρούνται τα λαχανικά",
+        "ΕΞΉΓΗΣΕ ΠΏΣ ΔΙΑΤΗΡΟΎΝΤΑΙ ΤΑ ΛΑΧΑΝΙΚΆ!",
+        "Γράψε ένα ποίημα για τη βροχή",
+    ),
+    "Hungarian": (
+        "Írd le, hogyan őrizhető a friss zöldség",
+        "Írd le, hogyan őrizhető meg a friss zöldség",
+        "Írj az esőről",
+    ),
+    "German": (
+        "Erkläre, wie Gemüse frisch bleibt",
+        "ERKLÄRE, WIE GEMÜSE FRISCH BLEIBT",
+        "Schreibe ein Gedicht über Regen",
+    ),
+}
+
+
+@pytest.mark.parametrize("language", SENTENCES)
+def test_repetitions_are_found_in_any_language(language):
+    text, near, other = SENTENCES[language]
+    report = measures.near_duplicates([text, near, other, text, "🎉 ?!"])
+    assert report["pairs"] == 3 and report["rows_in_a_pair"] == 3
+    assert report["not_compared"] == {"count": 1, "rows": [4]}
+
+    tasks = [{"instruction": text, "input": ""}, {"instruction": "…", "input": ""}]
+    report = measures.contamination(rows(near, other, "🎉"), tasks)["instruction"]
+    assert report["tasks_over_threshold"] == 1
+    assert [row for row, task, _ in report["rows_over_threshold"]["rows"]] == [0]
+    assert report["rows_not_compared"] == {"count": 1, "rows": [2]}
+    assert report["tasks_not_compared"] == {"count": 1, "rows": [1]}
+    seeds = measures.similarity_to_seeds(rows(near, other), tasks)
+    assert seeds["over_threshold"]["count"] == 1 and seeds["not_compared"]["count"] == 0
+
+
+def test_lengths_count_characters_where_words_are_not_divided():
+    lengths = measures.measure_lengths(rows("说明如何保存新鲜蔬菜。", "Say it - now."), None)
+    assert lengths["instruction_words"].tolist() == [10, 4]

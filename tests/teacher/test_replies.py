@@ -78,6 +78,64 @@ def test_tokens_are_estimated_where_the_server_does_not_count():
     assert answer["usage"] == {"prompt_tokens": 1, "completion_tokens": 2} and answer["model"] is None
 
 
+def chat_answer(message, reason="stop", completion_tokens=10, **body):
+    choice = {"message": message, "finish_reason": reason}
+    usage = {"prompt_tokens": 1, "completion_tokens": completion_tokens}
+    answer = read_answer(json.dumps({"choices": [choice], "usage": usage}), {"messages": [], **body})["choices"][0]
+    return answer["text"], answer["finish_reason"]
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ([{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"type": "text", "text": "yes"}], "yes"),
+        (
+            [{"type": "reasoning", "text": "hm"}, {"type": "output_text", "text": "y"}, {"type": "text", "text": "es"}],
+            "yes",
+        ),
+        ([{"text": "hm", "thought": True}, {"text": "yes"}], "yes"),
+        ([{"type": "text", "text": {"value": "yes", "annotations": []}}], "yes"),
+        (["y", "es"], "yes"),
+        ({"type": "text", "text": "yes"}, "yes"),
+        ([{"type": "thinking", "thinking": "hm"}], ""),
+        ([], ""),
+        ("yes", "yes"),
+        ("", ""),
+    ],
+)
+def test_the_text_parts_are_the_answer(content, text):
+    for field in ("reasoning_content", "reasoning"):
+        assert chat_answer({"content": content, field: "No. 4. Instruction: a draft"}) == (text, "stop")
+
+
+@pytest.mark.parametrize(
+    ("message", "reason", "expected"),
+    [
+        ({}, "content_filter", ("", "content_filter")),
+        ({"content": None, "refusal": "no"}, "stop", ("", "refusal")),
+        ({"content": "", "refusal": "no"}, "stop", ("", "refusal")),
+        ({"content": None}, "length", ("", "length")),
+        ({"content": None, "reasoning_content": "hm"}, "stop", ("", "stop")),
+        ({"content": None, "reasoning": "hm"}, None, ("", None)),
+        ({"content": "yes", "refusal": None}, "stop", ("yes", "stop")),
+    ],
+)
+def test_an_answer_without_text_is_empty_where_asking_again_is_no_use(message, reason, expected):
+    assert chat_answer(message, reason) == expected
+
+
+@pytest.mark.parametrize("limit", ["max_tokens", "max_completion_tokens"])
+@pytest.mark.parametrize("reason", ["stop", None, "max_tokens", "length"])
+def test_an_answer_of_all_tokens_granted_is_cut(reason, limit):
+    assert chat_answer({"content": "x"}, reason, 50, **{limit: 50}) == ("x", "length")
+    assert chat_answer({"content": "x"}, reason, 49, **{limit: 50}) == ("x", reason)
+    assert chat_answer({"content": "x"}, reason, 50) == ("x", reason)
+
+
+def test_a_filtered_answer_keeps_its_name_at_the_limit():
+    assert chat_answer({"content": "x"}, "content_filter", 50, max_tokens=50) == ("x", "content_filter")
+
+
 @pytest.mark.parametrize(
     "text", ['{"error": {"message": "no  such\\nthing"}}', '{"error": "no such thing"}', '{"detail": "no such thing"}']
 )

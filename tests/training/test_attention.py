@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from alpaca.data.examples import IGNORE_INDEX
 from alpaca.training.arguments import parse_arguments
@@ -86,6 +87,7 @@ def test_which_models_keep_examples_apart(kind, apart, examples, tokenizer):
         ("opt", {}, True),
         ("mistral", {"sliding_window": 4096}, False),  # attention by example sees no window
         ("llama4_text", {}, False),  # nor chunks
+        ("doge", {}, False),  # nor a learnt mask, which starts as one that hides nothing
         ("bloom", {}, None),
     ],
 )
@@ -109,6 +111,22 @@ def test_the_fastest_exact_attention_is_chosen(kind, changes, by_example, tokeni
         assert choose("--attn_implementation", "sdpa") == (DataCollatorWithoutPadding(), "sdpa")
         assert choose("--torch_compile", "True") == (DataCollatorWithoutPadding(), None)
     assert isinstance(choose("--padding_free", "False")[0], DataCollatorForSupervisedDataset)
+
+
+def with_keys_apart(module, query, key, value, mask, cu_seq_lens_q=None, **kwargs):
+    """Attention by example whose results are right, and in packed rows the keys' gradients are not."""
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+    parts = (states.split(cu_seq_lens_q.diff().tolist(), dim=2) for states in (query, key.detach(), value))
+    return torch.cat([sdpa_attention_forward(module, *qkv, None)[0] for qkv in zip(*parts, strict=True)], dim=1), None
+
+
+def test_gradients_have_to_be_right_too(monkeypatch):
+    config = transformers.AutoConfig.for_model("llama")
+    transformers.AttentionInterface.register("with_keys_apart", with_keys_apart)
+    assert not keeps_examples_apart(config, "with_keys_apart")
+    monkeypatch.setattr(torch.Tensor, "detach", lambda states: states)
+    assert keeps_examples_apart(config, "with_keys_apart")
 
 
 def test_examples_in_other_batches_and_saved_models_know_nothing_of_it(examples, tokenizer, tmp_path):

@@ -1,17 +1,22 @@
 """Whole runs of the Trainer in this process: whatever the batches, the steps are those of 2023."""
 
+import json
+
 import accelerate
 import pytest
 import torch
+import transformers
 
 import train
-from alpaca.data.examples import SupervisedDataset
+from alpaca.data.examples import IGNORE_INDEX, SupervisedDataset
 from alpaca.training.batches import (
     DataCollatorForSupervisedDataset,
     DataCollatorWithoutPadding,
 )
+from alpaca.training.data_module import hold_out
+from alpaca.training.special_tokens import complete_tokenizer, resize_embeddings
 from tests.conftest import run
-from tests.training import courses
+from tests.training import courses, forked
 from tests.training.conftest import tiny
 from tests.training.courses import assert_same_course
 
@@ -107,6 +112,113 @@ def test_going_on_inside_an_epoch_loads_no_example_of_what_it_skips(tokenizer, e
     assert len(loader) == len(examples)
     batches = list(accelerate.skip_first_batches(loader, len(examples) - 3))
     assert len(batches) == len(loaded) == 3
+
+
+# --- evaluation ---
+
+
+@torch.no_grad()
+def loss_over_all_tokens(model, examples):
+    """The slow, obvious one: an example at a time."""
+    total = tokens = 0
+    for row in examples:
+        logits = model(row["input_ids"][None], use_cache=False).logits[0, :-1].float()
+        labels = row["labels"][1:]
+        total += torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum").item()
+        tokens += (labels != IGNORE_INDEX).sum().item()
+    return total / tokens
+
+
+@pytest.fixture(scope="module")
+def expected_loss(tokenizer, examples):
+    return loss_over_all_tokens(tiny(tokenizer), examples)
+
+
+@pytest.mark.parametrize("padding_free", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"per_device_eval_batch_size": 1},
+        {"per_device_eval_batch_size": 4},  # 21 examples: uneven
+        {"per_device_eval_batch_size": 100, "dataloader_num_workers": 1, "dataloader_persistent_workers": True},
+        {"per_device_eval_batch_size": 4, "label_smoothing_factor": 1e-9},  # the library's loss
+    ],
+    ids=str,
+)
+def test_eval_loss_is_the_mean_over_all_tokens(padding_free, options, tokenizer, examples, expected_loss, tmp_path):
+    trainer = train.AlpacaTrainer(
+        model=tiny(tokenizer),
+        args=train.TrainingArguments(output_dir=str(tmp_path), use_cpu=True, **options),
+        eval_dataset=examples,
+        data_collator=DataCollatorWithoutPadding() if padding_free else DataCollatorForSupervisedDataset(tokenizer),
+        balance_tokens=True,
+    )
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(expected_loss, rel=1e-5)
+    assert trainer.evaluate(examples.select([3]))["eval_loss"] == pytest.approx(
+        loss_over_all_tokens(trainer.model, examples.select([3])), rel=1e-5
+    )
+
+
+def test_eval_loss_is_the_training_loss_and_picks_the_best(tokenizer, examples, expected_loss, tmp_path):
+    """Nothing is learnt; the loss is rounded in the log. What the best is told by is the figure of `evaluate`."""
+    options = {"max_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "best", "optim": "sgd"}
+    options |= {"metric_for_best_model": "loss", "per_device_eval_batch_size": 3, "weight_decay": 0.0}
+    step = {"per_device_train_batch_size": 21, "gradient_accumulation_steps": 1}
+    trainer = run_trainer(tokenizer, examples, tmp_path, True, True, **options, **step, warmup_steps=100)
+    assert logged(trainer)[0]["loss"] == pytest.approx(expected_loss, rel=1e-5)
+    evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert evaluated == [trainer.state.best_metric] == [pytest.approx(expected_loss, rel=1e-5)]
+
+
+def test_two_processes_evaluate_every_example_once(llama, few_records, tmp_path):
+    flags = ["--model_name_or_path", llama, "--data_path", few_records, "--model_max_length", "160"]
+    flags += ["--val_size", "13", "--save_strategy", "no"]
+    flags += ["--max_steps", "1", "--warmup_steps", "100"]  # its rate is 0, so that nothing is learnt
+    more = {1: ["--per_device_eval_batch_size", "13"], 2: ["--per_device_eval_batch_size", "2"]}
+    more["padded"] = ["--padding_free", "False", "--per_device_eval_batch_size", "5"]  # 13 are 2 rounds of 2 x 5
+    losses = []
+    for name, given in more.items():
+        forked.run_train(tmp_path / str(name), *flags, *given, processes=1 if name == 1 else 2)
+        losses.append(json.loads((tmp_path / str(name) / "eval_results.json").read_text())["eval_loss"])
+    assert losses[1:] == [pytest.approx(losses[0], rel=1e-5)] * 2
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llama, model_max_length=160)
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    resize_embeddings(model, tokenizer, complete_tokenizer(tokenizer))
+    _, held_out = hold_out(SupervisedDataset(str(few_records), tokenizer), 13)
+    assert losses[0] == pytest.approx(loss_over_all_tokens(model, held_out), rel=1e-5)
+
+
+def test_auxiliary_losses_of_routers_are_announced(tokenizer, examples, tmp_path, capsys):
+    """And do what the line says: a step of n micro-batches has them n times."""
+
+    def added(accumulation):
+        def loss(with_them):
+            model = tiny(tokenizer, "mixtral")
+            model.config.output_router_logits, model.router_aux_loss_coef = with_them, 0.5
+            args = train.TrainingArguments(
+                output_dir=str(tmp_path),
+                use_cpu=True,
+                max_steps=1,
+                logging_steps=1,
+                per_device_train_batch_size=16 // accumulation,
+                gradient_accumulation_steps=accumulation,
+                save_strategy="no",
+            )
+            collator = DataCollatorWithoutPadding()
+            trainer = train.AlpacaTrainer(
+                model=model, args=args, train_dataset=examples, data_collator=collator, balance_tokens=True
+            )
+            trainer.train()
+            return logged(trainer)[0]["loss"]
+
+        return loss(True) - loss(False)
+
+    once = added(1)
+    assert once > 0.3 and "auxiliary loss" not in capsys.readouterr().err
+    assert added(4) == pytest.approx(4 * once, rel=0.2)
+    said = capsys.readouterr().err
+    assert said.count("auxiliary loss") == 1 and "of 4 micro-batches has it 4 times" in said
 
 
 @pytest.mark.soak  # six jobs of two processes
