@@ -1,9 +1,9 @@
-"""Win rates raw, with unpenalised length control and with ours against AlpacaEval's published ones. The last line is JSON.
+"""Raw, unpenalised and our length-controlled win rates against AlpacaEval's published ones. The last line is JSON.
 
 python benchmarks/bench_length_control.py alpaca_eval_preferences.csv alpaca_eval_published.csv
 
-The preferences have the columns model, instruction, preference (0 to 1), length_baseline and length_model; the published
-figures model, win_rate and length_controlled_win_rate, in percent. docs/evaluation.md says where such files come from.
+The first file has the columns model, instruction, preference (0 to 1), length_baseline and length_model (characters),
+the second model, win_rate and length_controlled_win_rate (percent). docs/evaluation.md says where to get such figures.
 """
 
 import argparse

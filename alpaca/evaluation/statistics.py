@@ -71,7 +71,7 @@ def ratio(numerators: np.ndarray, denominators: np.ndarray) -> np.ndarray:
         return numerators.sum(axis=-1) / denominators.sum(axis=-1)
 
 
-# -------------------------------------------------------------------------------------------------------- length control
+# ------------------------------------------------------------------------------------------------------ length control
 
 
 def length_controlled_win_rate(
@@ -163,7 +163,7 @@ def _fit(preferences: np.ndarray, terms: np.ndarray, ridge: float) -> np.ndarray
 def agreement(one: Sequence[str], other: Sequence[str]) -> tuple[float, float]:
     """How often two judges say the same, in percent, and Cohen's κ (1960): what of it chance does not explain.
 
-    κ is 1 for full agreement and 0 for as much as their frequencies give by chance; nan where both always say one thing.
+    κ is 1 for full agreement and 0 for as much as their frequencies give by chance; nan where both say one thing only.
     """
     labels = sorted({*one, *other})
     first, second = np.array([labels.index(label) for label in one]), np.array([labels.index(label) for label in other])
