@@ -60,7 +60,8 @@ def encode_prompt(template: str, comparison: dict[str, str], swapped: bool) -> s
 
 
 _VERDICTS = {"a": "A", "b": "B", "tie": "tie"}
-_LAST_LINE = re.compile(r"[\W_]*verdict[\W_]*:[\W_]*(?:answer )?(a|b|tie)[\W_]*", re.IGNORECASE)
+_MARKUP = r"[\s*_#>`'\"\[\]().]*"
+_LAST_LINE = re.compile(f"{_MARKUP}verdict{_MARKUP}:{_MARKUP}(?:answer )?(a|b|tie){_MARKUP}", re.IGNORECASE)
 _FENCED = re.compile(r"```\w*\n(.*)\n```", re.DOTALL)
 
 

@@ -16,10 +16,11 @@ from tqdm import tqdm
 
 from alpaca.common import ExitCode, ExpectedError
 from alpaca.evaluation.judge import Verdicts, encode_prompt, verdict_without_judge
-from alpaca.generation.run import say
+from alpaca.generation.run import last_settings, say
 from alpaca.teacher.client import Stopped, Teacher
 from alpaca.teacher.request_log import Log, Meter, budget_error
 
+WRITTEN = ("report.json", "index.html")  # beside requests.jsonl, the log
 MOST_UNREADABLE = 100  # replies in a row without a verdict: this judge gives none, stop paying
 DRAIN_SECONDS = 10  # what is in flight may take this long after an interruption
 KEPT_OF_A_FAULT = 20_000  # characters of a broken reply, for inspection
@@ -196,3 +197,42 @@ class Judging:
         if not self.meter.faults[kind]:
             say(f"request {number}: {kind}{': ' if raw else ''}{' '.join(raw.split())[:200]} (said once)")
         self.meter.faults[kind] += 1
+
+
+def begin_or_continue(log: Log, output_dir: str, header: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Begin the log with all that the verdicts depend on, or compare with what it begins with.
+
+    Raises ExpectedError (USAGE) where the directory holds something else.
+    """
+    if not log.records:
+        if any(os.path.exists(os.path.join(output_dir, name)) for name in WRITTEN):
+            message = f"{output_dir} holds a report and no judging; choose another --output_dir"
+            raise ExpectedError(message, ExitCode.USAGE)
+        log.append({"run": header})
+        log.records.append({"run": header})
+    known = log.records[0].get("run", {})
+    differ = [name for name, value in header.items() if known.get(name) != value]
+    if differ:
+        raise ExpectedError(
+            f"{output_dir} holds a run with other {', '.join(differ)}; give the same, or choose another --output_dir",
+            ExitCode.USAGE,
+        )
+    if settings != last_settings(log.records):
+        log.append({"settings": settings})
+        log.records.append({"settings": settings})
+
+
+def read_judging(log: Log, output_dir: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """→ header and last settings of a judged directory's log. Raises ExpectedError (USAGE) where it is none."""
+    header, settings = log.records[0].get("run", {}) if log.records else {}, last_settings(log.records)
+    if settings is None or "pairs" not in header:
+        message = f"{output_dir} holds no judging; give the --output_dir of eval.py judge"
+        raise ExpectedError(message, ExitCode.USAGE)
+    return header, settings
+
+
+def remove_leftovers(output_dir: str) -> None:
+    """What a killed process may have left of writing the report; the directory is locked by the caller."""
+    for name in os.listdir(output_dir):
+        if name.endswith(".tmp") and name.startswith(tuple(f".{written}." for written in WRITTEN)):
+            os.unlink(os.path.join(output_dir, name))
