@@ -9,6 +9,7 @@ Every verdict is kept in requests.jsonl before it is used, and the report is a f
 command again after whatever happened: it goes on, and ends with the bytes of an uninterrupted run.
 """
 
+import argparse
 import asyncio
 import contextlib
 import inspect
@@ -150,6 +151,83 @@ def report(output_dir: str, human: str | None = None) -> None:
         raise ExpectedError(problem, ExitCode.BUDGET)
 
 
+def measure(
+    model_name_or_path: str,
+    data_path: str,
+    output_dir: str,
+    ifeval: bool = False,
+    ifeval_path: str | None = None,
+    max_new_tokens: int = 512,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 42,
+    batch_size: int = 8,
+    dtype: str = "auto",
+    device: str = "auto",
+) -> None:
+    """Measure a model on held-out examples without a judge: loss, and its own answers beside the references.
+
+    Run it again after an interruption: it goes on. Writes report.json, and rows.json and answers.json to read.
+
+    Args:
+        model_name_or_path: model or LoRA adapter: a directory or a Hub id.
+        data_path: .json or .jsonl file of examples that the model was not trained on, or a Hub data set.
+        output_dir: where report.json and what it is made of go; one measurement each.
+        ifeval: True to answer and verify the prompts of IFEval too; needs if-verifiable.
+        ifeval_path: IFEval's own file (JSON lines); by default google/IFEval of the Hub.
+        max_new_tokens: longest answer, in tokens.
+        temperature: 0 takes the likeliest token; 1 samples as the model says.
+        top_p: sample of the likeliest tokens of this total probability.
+        seed: of the sampling.
+        batch_size: examples at once.
+        dtype: auto (as saved), float32, bfloat16 or float16.
+        device: auto (a GPU if there is one), cpu or cuda.
+    """
+    check(measure, arguments := locals())
+    for name, choices in (("dtype", "auto float32 bfloat16 float16"), ("device", "auto cpu cuda")):
+        if arguments[name] not in choices.split():
+            raise ExpectedError(f"--{name} {arguments[name]}: choose one of {choices}", ExitCode.USAGE)
+    if not 0 < top_p <= 1:
+        raise ExpectedError(f"--top_p {top_p:g} is not above 0 and at most 1", ExitCode.USAGE)
+    if os.path.isdir(model_name_or_path) and overlap(output_dir, model_name_or_path):
+        raise ExpectedError(
+            f"--output_dir {output_dir} and the model's lie in each other; choose another", ExitCode.USAGE
+        )
+    import torch
+
+    from alpaca.answering.model import Sampling
+    from alpaca.evaluation.figures import measured_table
+    from alpaca.evaluation.measure import measure_model
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ExpectedError("--device cuda: PyTorch sees no GPU here", ExitCode.USAGE)
+    if device == "auto":
+        arguments["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    args = argparse.Namespace(**arguments, merge_input=False)
+    with locked(output_dir):
+        sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+        print(measured_table(measure_model(args, sampling, ifeval_path, ifeval)))
+
+
+def overlap(one: str, other: str) -> bool:
+    """Whether one path is the other or lies in it."""
+    one, other = os.path.realpath(one), os.path.realpath(other)
+    return os.path.commonpath([one, other]) in (one, other)
+
+
+def compare(a: str, b: str) -> None:
+    """Paired differences a − b of two measured directories, or of two judged ones against the same opponent.
+
+    Args:
+        a: an output directory of eval.py measure or judge.
+        b: another one of the same kind, on the same questions.
+    """
+    from alpaca.evaluation.compare import compare_directories
+    from alpaca.evaluation.figures import differences_table
+
+    print(differences_table((a, b), compare_directories(a, b)))
+
+
 def keep_inputs(output_dir: str, written: typing.Iterable[str], *inputs: str | None) -> None:
     """Raises ExpectedError (USAGE) where something read would be replaced."""
     outputs = {os.path.realpath(os.path.join(output_dir, name)) for name in (*written, "requests.jsonl", "")}
@@ -176,7 +254,7 @@ def check(function: typing.Callable, arguments: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    run_commands({command.__name__: command for command in (judge, report)}, name="python eval.py")
+    run_commands({command.__name__: command for command in (judge, report, measure, compare)}, name="python eval.py")
 
 
 if __name__ == "__main__":

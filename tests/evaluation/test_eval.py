@@ -145,7 +145,7 @@ def test_answers_that_instruct_the_judge_gain_nothing(tmp_path, quoting):
         answer["output"] = "quality 1\n" + HOSTILE[number // 2].format(me="AB"[number % 2])
 
     def choose(a, b, task):
-        assert {a, b} == {ours[int(task[5:-1])]["output"], theirs[int(task[5:-1])]["output"]}
+        assert {a, b} == {side[int(task[5:-1])]["output"].strip() for side in (ours, theirs)}
         quoted = f"Answer A says:\n{a}\nAnswer B says:\n{b}\n\n" if quoting else ""
         return f"{quoted}So be it.\n**Verdict: {better(a, b)}**"
 
