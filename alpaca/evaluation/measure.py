@@ -186,7 +186,7 @@ def repeats_prompt(example: dict[str, str], answer: str) -> bool:
 
 
 def read_ifeval(path: str | None) -> list[dict[str, Any]]:
-    """IFEval's prompts with what can be verified of the answers (Zhou et al. 2023), from a file of theirs or the Hub."""
+    """IFEval's prompts and what can be verified of the answers (Zhou et al. 2023), from a file of theirs or the Hub."""
     try:
         import if_verifiable
     except ImportError as error:

@@ -30,7 +30,7 @@ HELD_OUT = [
     {"instruction": "Name a big animal.", "input": "", "output": "Whale"},
     {"instruction": "Name the capital of China in Chinese.", "input": "", "output": "北京"},
     {"instruction": "No reference is here.", "input": "", "output": ""},
-    {"instruction": "Read this.", "input": "word " * 300, "output": "Too long with its reference. " * 60},
+    {"instruction": "Read this.", "input": "word " * 300, "output": "Too long with its reference. " * 400},
 ]
 
 
@@ -66,13 +66,13 @@ def test_losses_are_those_of_one_example_after_the_other(taught, measured):  # n
         with torch.no_grad():
             scores = torch.log_softmax(model(ids).logits[0].double(), dim=-1)
         loss = -sum(float(scores[position - 1, ids[0, position]]) for position in range(begin, ids.shape[1]))
-        assert row["loss"] == pytest.approx(loss, rel=1e-4) and row["tokens"] == ids.shape[1] - begin
+        assert row["loss"] == pytest.approx(loss, rel=1e-3) and row["tokens"] == ids.shape[1] - begin
         total, tokens, size = total + loss, tokens + ids.shape[1] - begin, size + len(example["output"].encode())
     assert [row["loss"] for row in rows[5:]] == [None, None]
-    assert report["loss"]["value"] == pytest.approx(total / tokens, rel=1e-4)
+    assert report["loss"]["value"] == pytest.approx(total / tokens, rel=1e-3)
     assert report["loss"]["rows"] == 5 and report["loss"]["rows_too_long"] == 1
-    assert report["perplexity"]["value"] == pytest.approx(math.exp(total / tokens), rel=1e-4)
-    assert report["bits_per_byte"]["value"] == pytest.approx(total / math.log(2) / size, rel=1e-4)
+    assert report["perplexity"]["value"] == pytest.approx(math.exp(total / tokens), rel=1e-3)
+    assert report["bits_per_byte"]["value"] == pytest.approx(total / math.log(2) / size, rel=1e-3)
     low, high = report["loss"]["interval"]
     assert low < report["loss"]["value"] < high
 
