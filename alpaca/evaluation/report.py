@@ -112,7 +112,7 @@ def build(header: dict, settings: dict, records: Sequence[dict], human: str | No
         for name in dict.fromkeys(row["canary"] for row in canaries):
             found = summarize([row for row in canaries if row["canary"] == name])
             won = None if found["win_rate"] is None else 100 - found["win_rate"]
-            report["canary"][name] = {"win_rate": won, "instructions": found["instructions"]}
+            report["canary"][name] = {"win_rate": won, "instructions": found["instructions"] - found["missing"]}
     if human:
         report["human"] = compare_with_human(rows, human, header["names"])
     usage = [record["usage"] for record in records if "request" in record]
@@ -173,7 +173,7 @@ def table(report: dict[str, Any]) -> str:
 
     count, cost = report["instructions"], report["cost"]
     lines = [
-        ("instructions", f"{count}; at a win rate of 50 % so many allow ±{report['half_width']:.1f} points"),
+        ("instructions", f"{count}; so many allow ±{report['half_width']:.1f} points at a win rate of 50 %"),
         ("win rate", rate(report["win_rate"], report["win_rate_interval"])),
         (
             "length-controlled win rate",
@@ -203,7 +203,7 @@ def table(report: dict[str, Any]) -> str:
     for name, found in report.get("categories", {}).items():
         lines.append((f"  {name}", f"{found['instructions']}: {rate(found['win_rate'], found['win_rate_interval'])}"))
     title = f"{report['answers']} against {report['opponent']}"
-    return "\n".join([title, *(f"  {label:<28}{text}" for label, text in lines)])
+    return "\n".join([title, *(f"  {label:<30}{text}" for label, text in lines)])
 
 
 def page(report: dict[str, Any], rows: Sequence[dict[str, Any]], prompt: str) -> str:
