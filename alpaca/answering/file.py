@@ -124,6 +124,8 @@ def read_partial(partial: BinaryIO, settings: dict[str, Any], args: argparse.Nam
     whole = partial.read().rpartition(b"\n")[0]
     try:
         begun_with, *lines = [json.loads(line) for line in whole.splitlines()] or [settings]
+        if not all(isinstance(text, str) for _, text, _ in lines):
+            raise TypeError
         answers = {index: (text, ended) for index, text, ended in lines}
         differ = [name for name in settings if begun_with.get(name) != settings[name]]
     except (ValueError, TypeError, AttributeError):
