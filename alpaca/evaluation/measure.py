@@ -157,7 +157,7 @@ def row_of(example: dict[str, str], answer: dict[str, Any], loss: tuple[float, i
         "loss": loss and loss[0],
         "tokens": loss and loss[1],
         "bytes": len(reference.encode()) if reference else None,
-        # Without a Latin letter or digit in the reference there is nothing that these tokens could find.
+        # Without a letter or digit in the reference there is nothing that these tokens could find.
         "rouge_l": float(rouge_l([encode(text)], [tokens])[0, 0]) if tokens else None,
         "exact_match": int(_word(text) == _word(reference)) if one_word else None,
         "ended": int(answer["ended"]),

@@ -28,7 +28,7 @@ from tests.teacher.teacher_server import TeacherServer
 HELD_OUT = [
     *({**example, "output": text} for example, text in LESSONS[:3]),
     {"instruction": "Name a big animal.", "input": "", "output": "Whale"},
-    {"instruction": "Name the capital of China in Chinese.", "input": "", "output": "北京"},
+    {"instruction": "Smile.", "input": "", "output": "🙂"},
     {"instruction": "No reference is here.", "input": "", "output": ""},
     {"instruction": "Read this.", "input": "word " * 300, "output": "Too long with its reference. " * 400},
 ]
@@ -88,7 +88,7 @@ def test_answers_beside_their_references(measured):
     for row in rows:
         if row["rouge_l"] is not None:
             assert row["rouge_l"] == scorer.score(row["reference"], row["answer"])["rougeL"].fmeasure
-    assert report["rouge_l"]["rows_not_scored"] == 1 and report["rouge_l"]["rows"] == 5  # 北京; one has no reference
+    assert report["rouge_l"]["rows_not_scored"] == 1 and report["rouge_l"]["rows"] == 5  # 🙂; one has no reference
     assert [row["exact_match"] for row in rows[:5]] == [1, None, None, 0, 0]
     assert report["exact_match"]["rows"] == 3 and report["exact_match"]["value"] == pytest.approx(100 / 3)
     assert report["ends_by_itself"]["rows"] == 7 and set(report) == set(MEASURED)
