@@ -46,6 +46,12 @@ def parse_arguments() -> argparse.Namespace:
         help="answer a file of {instruction, input} (.json, .jsonl, .csv …); output, if there, is not read",
     )
     add("--output_path", help="where --data_path's answers go: a JSON list of {instruction, input, output, generator}")
+    add(
+        "--merge_input",
+        default="False",
+        choices=["True", "False"],
+        help="True: write each input into its instruction, as AlpacaEval, which reads no input, wants it (%(default)s)",
+    )
     add("--serve", action="store_true", help="open a web page on 127.0.0.1; needs gradio")
     add("--port", type=int, default=7860, help="the page's port (%(default)s)")
 
@@ -67,6 +73,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: a GPU if there is one (%(default)s)")
     args = parser.parse_args()
 
+    args.merge_input = args.merge_input == "True"
+    if args.merge_input and args.data_path is None:
+        fail("--merge_input goes with --data_path")
     if args.instruction is not None and not args.instruction.strip():
         fail("--instruction is empty")
     if args.input and args.instruction is None:

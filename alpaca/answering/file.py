@@ -10,13 +10,15 @@ from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
-from alpaca.answering.model import Reader, Sampling, answer, load_model, load_reader
+from alpaca.answering.model import Reader, Sampling, answer_ids, load_model, load_reader
 from alpaca.common import ExitCode, ExpectedError, atomic_write, notice
 from alpaca.data.examples import load_examples
 
 
-def answer_file(args: argparse.Namespace, sampling: Sampling) -> None:
+def answer_file(args: argparse.Namespace, sampling: Sampling, with_ends: bool = False) -> None:
     """Answer every example of --data_path into --output_path; run again after an interruption, go on where it stopped.
+
+    `with_ends` adds to each answer whether it ended by itself, that is with the end token.
 
     Answers are appended to OUTPUT.partial.jsonl and synced, a batch at a time. Batches are the same in every run, and
     each starts from the seed, so that an interrupted run ends with the same bytes as an uninterrupted one.
@@ -38,17 +40,25 @@ def answer_file(args: argparse.Namespace, sampling: Sampling) -> None:
             model = load_model(args, reader.tokenizer)
         with tqdm(total=len(examples), initial=len(answers), unit="answer", disable=None) as bar:
             for batch in to_do:
-                texts = answer(model, reader, [prompts[index] for index in batch], sampling)
-                lines = [json.dumps([index, text]) for index, text in zip(batch, texts, strict=True)]
+                ids = answer_ids(model, reader, [prompts[index] for index in batch], sampling)
+                made = [(reader.decode(row), reader.tokenizer.eos_token_id in row) for row in ids]
+                lines = [json.dumps([index, *answer]) for index, answer in zip(batch, made, strict=True)]
                 partial.write("".join(line + "\n" for line in lines).encode())
                 partial.flush()
                 os.fsync(partial.fileno())
                 bar.update(len(set(batch) - answers.keys()))
-                answers.update(zip(batch, texts, strict=True))
+                answers.update(zip(batch, made, strict=True))
 
         path = args.model_name_or_path
         generator = os.path.basename(os.path.abspath(path)) if os.path.isdir(path) else path
-        rows = [{**example, "output": answers[index], "generator": generator} for index, example in enumerate(examples)]
+        rows = []
+        for index, example in enumerate(examples):
+            text, ended = answers[index]
+            question = {"instruction": example["instruction"], "input": example["input"]}
+            if args.merge_input:
+                question = {"instruction": f"{example['instruction']}\n\n{example['input']}".rstrip()}
+            row = question | {"output": text, "generator": generator}
+            rows.append(row | {"ended": ended} if with_ends else row)
         with atomic_write(args.output_path) as file:
             json.dump(rows, file, indent=2, ensure_ascii=False)
         os.unlink(partial_path(args))
@@ -106,13 +116,17 @@ def settings_of(args: argparse.Namespace, sampling: Sampling, examples: list[dic
     }
 
 
-def read_partial(partial: BinaryIO, settings: dict[str, Any], args: argparse.Namespace) -> dict[int, str]:
-    """Answers of an earlier run, by example; a line torn by a crash is cut off. A file without any gets its heading."""
+def read_partial(partial: BinaryIO, settings: dict[str, Any], args: argparse.Namespace) -> dict[int, tuple]:
+    """Answers of an earlier run, by example, and whether each ended by itself. A line torn by a crash is cut off, and a
+    file without any answer gets its heading.
+    """
     partial.seek(0)
     whole = partial.read().rpartition(b"\n")[0]
     try:
         begun_with, *lines = [json.loads(line) for line in whole.splitlines()] or [settings]
-        answers = dict(lines)
+        if not all(isinstance(text, str) for _, text, _ in lines):
+            raise TypeError
+        answers = {index: (text, ended) for index, text, ended in lines}
         differ = [name for name in settings if begun_with.get(name) != settings[name]]
     except (ValueError, TypeError, AttributeError):
         raise ExpectedError(f"{partial_path(args)} is damaged; remove it to start again", ExitCode.DATA)

@@ -146,11 +146,16 @@ def load_model(args: argparse.Namespace, tokenizer: Any) -> Any:
 
 def answer(model: Any, reader: Reader, prompts: list[list[int]], sampling: Sampling) -> list[str]:
     """Answer a batch of prompts (token ids). Greedy answers do not depend on the company a prompt is in."""
+    return [reader.decode(ids) for ids in answer_ids(model, reader, prompts, sampling)]
+
+
+def answer_ids(model: Any, reader: Reader, prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
+    """The token ids of `answer`: an answer that ended by itself has the end token in it, and padding behind that."""
     batch = reader.tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(model.device)  # (B, T), left-padded
     torch.manual_seed(sampling.seed)
     with torch.inference_mode():
         ids = model.generate(**batch, **sampling.options())  # (B, T + new)
-    return [reader.decode(row) for row in ids[:, batch["input_ids"].shape[1] :].tolist()]
+    return ids[:, batch["input_ids"].shape[1] :].tolist()
 
 
 _generating = threading.Lock()  # one answer at a time; one that was stopped still finishes its token

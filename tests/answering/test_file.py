@@ -35,6 +35,20 @@ def test_a_file_is_answered_in_order_whatever_the_batches(taught, tmp_path, caps
     assert not any("###" in row["output"] or row["output"] == "not read" for row in rows)
 
 
+def test_merged_inputs_are_alpaca_evals_form_of_the_same_answers(taught, tmp_path, monkeypatch, capsys):
+    questions = write_questions(tmp_path / "in.json", MIXED[:2])
+    flags = ["--data_path", questions, "--max_new_tokens", "40", "--output_path"]
+    main(capsys, taught, *flags, tmp_path / "plain.json")
+    main(capsys, taught, *flags, tmp_path / "merged.json", "--merge_input", "True")
+    plain, merged = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("plain", "merged"))
+    assert [list(row) for row in merged] == [["instruction", "output", "generator"]] * 2
+    assert [row["output"] for row in merged] == [row["output"] for row in plain]
+    assert merged[0]["instruction"] == COLOUR["instruction"]
+    assert merged[1]["instruction"] == f"{MIXED[1]['instruction']}\n\n{MIXED[1]['input']}"
+    code, line = mistake(monkeypatch, capsys, "--model_name_or_path", taught, "--merge_input", "True")
+    assert code == 2 and "--merge_input goes with --data_path" in line
+
+
 def test_a_killed_run_goes_on_to_the_same_bytes(taught, tmp_path, monkeypatch, capsys):
     questions = write_questions(tmp_path / "in.json", [{"instruction": f"Say {n}."} for n in range(40)])
     flags = ["--data_path", questions, "--batch_size", "2", "--temperature", "1.5", "--max_new_tokens", "24"]

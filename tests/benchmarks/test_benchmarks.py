@@ -35,6 +35,20 @@ def test_similarity():
     assert all(value > 0 for figures in result["pools"].values() for value in figures.values())
 
 
+def test_length_control(tmp_path):
+    """Two models and four instructions, the published figures being the raw ones."""
+    rows = ["model,instruction,preference,length_baseline,length_model"]
+    rows += [
+        f"{m},{i},{p},{1000 + i},{2000 - 100 * i * i}" for m in ("m", "n") for i, p in enumerate((1, 0.5, 0.25, 0))
+    ]
+    (tmp_path / "preferences.csv").write_text("\n".join(rows))
+    published = "model,win_rate,length_controlled_win_rate,standard_error\nm,43.75,40,1\nn,43.7506,50,1\n"
+    (tmp_path / "published.csv").write_text(published)
+    result = last_line("bench_length_control.py", tmp_path / "preferences.csv", tmp_path / "published.csv")
+    assert result["models"] == 2 and round(result["raw_largest_error"], 6) == 0.0006
+    assert result["raw"]["mean_error"] == (3.75 + 6.25) / 2 and result["ours"] != result["unpenalised"]
+
+
 # --- a plan for several GPUs ---
 
 
