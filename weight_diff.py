@@ -3,6 +3,7 @@
     python weight_diff.py make_diff --path_raw BASE --path_tuned TUNED --path_diff DIFF
     python weight_diff.py recover --path_raw BASE --path_diff DIFF --path_tuned TUNED
     python weight_diff.py verify --path DIFF
+    python weight_diff.py model_card --path_tuned TUNED
 
 BASE, TUNED and DIFF are directories (inputs may be Hub ids). Tensors flow from disk to disk in small pieces, so memory
 does not grow with the model; no model is built. By default the difference is taken between the bits, as integers that
@@ -39,6 +40,7 @@ from alpaca.weights.manifest import (
     well_formed,
     write_manifest,
 )
+from alpaca.weights.model_card import model_card
 from alpaca.weights.plan import (
     ADDED_ROWS,
     ENCODINGS,
@@ -288,7 +290,8 @@ def verify(path: str) -> None:
 
 
 def main() -> None:
-    run_commands({"make_diff": make_diff, "recover": recover, "verify": verify}, name="python weight_diff.py")
+    commands = (make_diff, recover, verify, model_card)
+    run_commands({command.__name__: command for command in commands}, name="python weight_diff.py")
 
 
 if __name__ == "__main__":
