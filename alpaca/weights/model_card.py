@@ -49,7 +49,7 @@ def model_card(path_tuned: str, path_card: str | None = None, overwrite: bool = 
 
 
 def filled(template: str, run: dict[str, Any]) -> str:
-    """The template with what `run` knows in place of its first **Fill in:**; what it does not know is still asked for."""
+    """The template with what `run` knows in place of its first **Fill in:**, and a shorter one for the rest."""
     arguments, data = run["arguments"], run["data"]
     base, git = without_folders(arguments["model_name_or_path"]), run["git"] or {}
     batch = arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"] * run["processes"]
