@@ -3,6 +3,7 @@
     python weight_diff.py make_diff --path_raw BASE --path_tuned TUNED --path_diff DIFF
     python weight_diff.py recover --path_raw BASE --path_diff DIFF --path_tuned TUNED
     python weight_diff.py verify --path DIFF
+    python weight_diff.py model_card --path_tuned TUNED
 
 BASE, TUNED and DIFF are directories (inputs may be Hub ids). Tensors flow from disk to disk in small pieces, so memory
 does not grow with the model; no model is built. By default the difference is taken between the bits, as integers that
@@ -19,9 +20,18 @@ import numpy as np
 
 from alpaca.common import ExitCode, ExpectedError, jdump, run_commands, run_main
 from alpaca.prompts import format_prompt
-from alpaca.weights import alpaca_7b, output
-from alpaca.weights.arithmetic import FLOATS, Plan, diff_tensor, recover_tensor
-from alpaca.weights.files import Checkpoint, bad_data, carried_files, copy_file, local_directory, mismatch
+from alpaca.weights import alpaca_7b, dry_run, output
+from alpaca.weights.arithmetic import Plan, diff_tensor, recover_tensor
+from alpaca.weights.casts import FLOATS
+from alpaca.weights.files import (
+    Checkpoint,
+    bad_data,
+    carried_files,
+    copy_file,
+    files_left_behind,
+    local_directory,
+    mismatch,
+)
 from alpaca.weights.manifest import (
     MANIFEST,
     check_against_manifest,
@@ -30,8 +40,16 @@ from alpaca.weights.manifest import (
     well_formed,
     write_manifest,
 )
-from alpaca.weights.plan import ENCODINGS, plan_from_bare_diff, plan_from_manifest, plan_from_models, refuse_diff
-from alpaca.weights.work import THREADS, Work, check_archives, check_hashes, say, tensor_hashes
+from alpaca.weights.model_card import model_card
+from alpaca.weights.plan import (
+    ADDED_ROWS,
+    ENCODINGS,
+    plan_from_bare_diff,
+    plan_from_manifest,
+    plan_from_models,
+    refuse_diff,
+)
+from alpaca.weights.work import THREADS, Sum, Work, check_archives, check_hashes, say
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # what --dtype takes
 
@@ -45,6 +63,7 @@ def make_diff(
     max_shard_size: str = "5GB",
     overwrite: bool = False,
     verify: bool = True,
+    plan: bool = False,
 ) -> None:
     """Write the difference between a tuned model and its base: safetensors shards and weight_diff.json.
 
@@ -57,6 +76,7 @@ def make_diff(
         max_shard_size: largest file, as 5GB or 500MiB (a tensor that is larger gets a file of its own).
         overwrite: replace a directory that is not empty.
         verify: False leaves the sha256 sums out: faster, and recover then has nothing to check against.
+        plan: print files, sizes, disk needed and time expected, from a second of measured speed, and write nothing.
     """
     if encoding not in ENCODINGS:
         raise ExpectedError(f"--encoding {encoding}: one of {', '.join(ENCODINGS)} expected", ExitCode.USAGE)
@@ -72,22 +92,28 @@ def make_diff(
     with Checkpoint(inputs["path_raw"]) as raw, Checkpoint(inputs["path_tuned"]) as tuned:
         refuse_diff(raw, "path_raw")
         refuse_diff(tuned, "path_tuned")
-        if verify:
+        if verify and not plan:
             check_archives(work, [raw, tuned])
         plans = plan_from_models(work, raw, tuned, encoding)
 
-        def subtract(name: str, plan: Plan) -> None:
-            entries[name] = diff_entry(plan, diff_tensor(work, plan, name, tuned, writer, verify))
+        writer = output.ShardWriter({name: (p.diff_dtype, p.shape) for name, p in plans.items()}, shard_bytes)
+        say_what_is_left(tuned)
+        if plan:
+            return dry_run.report(writer, plans, tuned, directory, verify)
 
-        writer = output.ShardWriter({name: (plan.diff_dtype, plan.shape) for name, plan in plans.items()}, shard_bytes)
+        def subtract(name: str) -> None:
+            sums = diff_tensor(work, plans[name], name, tuned, writer, verify)
+            entries[name] = diff_entry(plans[name], sums)
+
         with output.new_directory(directory, writer.total_bytes) as staging:
             for path in carried_files(tuned.directory):
                 copy_file(path, staging)
-            jobs = [functools.partial(subtract, name, plan) for name, plan in plans.items()]
+            jobs = [functools.partial(subtract, name) for name in largest_first(plans)]
             with writer.open(staging):
-                work.run("difference", jobs, sum(tuned.tensors[name].bytes for name in plans))
+                work.run("difference", jobs, sum(p.bytes for p in plans.values()))
             write_manifest(staging, "diff", encoding, entries, writer)
-    inexact = sum(entry["tuned"]["recovered_sha256"] != entry["tuned"]["sha256"] for entry in entries.values())
+    recovered = [entry["tuned"] for entry in entries.values() if entry["tuned"]]
+    inexact = sum(tuned["recovered_sha256"] != tuned["sha256"] for tuned in recovered)
     if inexact:
         say(f"note: {inexact} of {len(entries)} tensors will not come back bit for bit; --encoding exact does that")
     say(f"wrote {directory}: {work.summary(writer.total_bytes)}")
@@ -101,6 +127,7 @@ def recover(
     test_inference: bool = True,
     check_integrity_naively: bool = True,
     dtype: str | None = None,
+    added_rows: str | None = None,
     max_shard_size: str = "5GB",
     overwrite: bool = False,
     verify: bool = True,
@@ -108,9 +135,10 @@ def recover(
     """Recover a tuned model from its base and a weight diff.
 
     1. Pair the tensors of base and diff; stop at whatever does not fit.
-    2. Compare both with the sha256 sums in weight_diff.json, where the diff has it. Nothing is written before this.
-    3. Add, into a hidden directory beside path_tuned.
-    4. Read back what was written, compare it with the tuned model's sums, and rename the directory.
+    2. Add, a tensor at a time, into a hidden directory beside path_tuned.
+    3. Read back what was written, piece by piece, and compare its sha256 with the tuned model's in weight_diff.json,
+       where the diff has it. At the first tensor that differs, stop, and find out whether base or diff is at fault.
+    4. Rename the directory when all tensors are right.
 
     Args:
         path_raw: the base model, a directory or a Hub id.
@@ -120,14 +148,19 @@ def recover(
         test_inference: ask the recovered model one question and print its response (loads the model).
         check_integrity_naively: compare the sum of all weights, as in 2023, if this is that release of Alpaca-7B.
         dtype: float32 (default), bfloat16 or float16, for diffs without weight_diff.json; others give theirs back.
+        added_rows: of diffs without weight_diff.json, what the rows are that the base lacks: "mean" (differences from
+            its mean row, as in 2023, and the default), "zero" (from rows of zeros: Vicuna v0) or "whole" (no
+            differences: the same as zero).
         max_shard_size: largest file, as 5GB or 500MiB (a tensor that is larger gets a file of its own).
         overwrite: replace a directory that is not empty.
-        verify: False skips the sha256 sums of steps 2 and 4.
+        verify: False skips the sha256 sums of step 3.
     """
     if path_tuned is None:
         raise ExpectedError("--path_tuned is needed: the directory for the recovered model", ExitCode.USAGE)
     if dtype is not None and dtype not in DTYPES:
         raise ExpectedError(f"--dtype {dtype}: one of {', '.join(DTYPES)} expected", ExitCode.USAGE)
+    if added_rows is not None and added_rows not in ADDED_ROWS:
+        raise ExpectedError(f"--added_rows {added_rows}: one of {', '.join(ADDED_ROWS)} expected", ExitCode.USAGE)
     shard_bytes = output.shard_bytes(max_shard_size)
     inputs = {"path_raw": local_directory(path_raw, "path_raw"), "path_diff": local_directory(path_diff, "path_diff")}
     directory = output.check_output(path_tuned, "path_tuned", inputs, overwrite)
@@ -137,56 +170,70 @@ def recover(
         manifest = read_manifest(diff.directory)
         if manifest:
             with well_formed(diff.directory):
-                plans, sums = plan_from_manifest(raw, diff, manifest)
-                promised = {name: entry["tuned"]["recovered_sha256"] for name, entry in manifest["tensors"].items()}
+                plans, sums = plan_from_manifest(raw, diff, manifest, verify)
+                promised = {name: manifest["tensors"][name]["tuned"]["recovered_sha256"] for name in plans}
             if dtype and {DTYPES[dtype]} != {plan.dtype for plan in plans.values()} & FLOATS:
                 raise ExpectedError(f"--dtype {dtype}: {MANIFEST} knows the type; leave --dtype out", ExitCode.USAGE)
+            if added_rows:
+                raise ExpectedError(f"--added_rows: {MANIFEST} knows what they are; leave it out", ExitCode.USAGE)
         else:
-            plans, sums, promised = plan_from_bare_diff(work, raw, diff, DTYPES[dtype or "float32"]), [], {}
+            plans = plan_from_bare_diff(work, raw, diff, DTYPES[dtype or "float32"], added_rows)
+            sums, promised = [], {}
         release = not manifest and alpaca_7b.is_alpaca_7b(diff, plans)
         if not sums and not release:
             say(f"warning: {diff.directory} has no sha256 sums: there is nothing to check the weights against")
-        check_sum, float32_sums = release and check_integrity_naively, {}
+        say_what_is_left(diff)
+        check_sum, float32_sums, written = release and check_integrity_naively, {}, {}
 
-        def add(name: str, plan: Plan) -> None:
+        def add(name: str) -> None:
+            plan = plans[name]
             unrounded = np.empty(plan.elements, np.float32) if check_sum else None
-            recover_tensor(work, plan, name, diff, writer, unrounded)
+            written[name] = recover_tensor(work, plan, name, diff, writer, verify, unrounded)
+            if verify and promised.get(name) not in (None, written[name]):
+                raise mismatch(f"{name}: recovered, but not to the tuned model's bits; nothing is kept, run again")
             if check_sum:
                 float32_sums[name] = alpaca_7b.float32_sum(unrounded, plan.shape)
 
         writer = output.ShardWriter({name: (plan.dtype, plan.shape) for name, plan in plans.items()}, shard_bytes)
         with output.new_directory(directory, writer.total_bytes) as staging:
-            if verify:
+            if verify and not sums:
                 check_archives(work, [raw, diff])
-                check_hashes(work, "base and diff", sums)
             for path in carried_files(diff.directory):
                 if not manifest and path.name == "config.json":
                     write_config(diff.config, dtype or "float32", staging)
                 elif not manifest or path.name in manifest["files"]:
                     copy_file(path, staging)
-            jobs = [functools.partial(add, name, plan) for name, plan in plans.items()]
-            with writer.open(staging):  # torch's sum wants whole tensors: one at a time
-                work.run("recover", jobs, writer.total_bytes, threads=1 if check_sum else THREADS)
+            jobs = [functools.partial(add, name) for name in largest_first(plans)]
+            try:
+                with writer.open(staging):  # torch's sum wants whole tensors: one at a time
+                    work.run("recover", jobs, writer.total_bytes, threads=1 if check_sum else THREADS)
+            except ExpectedError as error:
+                if error.exit_code == ExitCode.INTEGRITY:
+                    find_the_fault(work, raw, diff, sums)
+                raise
             if check_sum:
                 alpaca_7b.check_sum(raw, diff, float32_sums)
-            written = check_written(work, staging, plans, promised) if verify else {}
-            entries = {n: {"dtype": p.dtype, "shape": p.shape, "sha256": written.get(n)} for n, p in plans.items()}
+            entries = {n: {"dtype": p.dtype, "shape": p.shape, "sha256": written[n]} for n, p in plans.items()}
             write_manifest(staging, "model", manifest["encoding"] if manifest else "float32", entries, writer)
     say(f"wrote {directory}: {work.summary(writer.total_bytes)}")
     if test_inference:
         ask(directory, device)
 
 
-def check_written(
-    work: Work, directory: Path, plans: dict[str, Plan], promised: dict[str, str | None]
-) -> dict[str, str]:
-    """Read the new model back from its files: name → sha256. Raises (integrity) where the diff promised another."""
-    with Checkpoint(directory) as written:
-        hashes = dict(zip(plans, tensor_hashes(work, "check", [(written, name) for name in plans]), strict=True))
-    wrong = [name for name, digest in promised.items() if digest not in (None, hashes[name])]
-    if wrong:
-        raise mismatch(f"recovered, but not to the tuned model's bits: {'; '.join(wrong)}; nothing is kept, run again")
-    return hashes
+def find_the_fault(work: Work, raw: Checkpoint, diff: Checkpoint, sums: list[Sum]) -> None:
+    """Raises where base or diff are not what the manifest says: what was recovered from them is not the tuned model."""
+    check_hashes(work, "looking for the fault", sums)
+    check_archives(work, [raw, diff])
+
+
+def largest_first(plans: dict[str, Plan]) -> list[str]:
+    """Names in the order that leaves no thread alone with a large tensor at the end."""
+    return sorted(plans, key=lambda name: -plans[name].bytes)
+
+
+def say_what_is_left(checkpoint: Checkpoint) -> None:
+    if left := files_left_behind(checkpoint):
+        say(f"note: not carried over from {checkpoint.directory}: {', '.join(left)}")
 
 
 def write_config(config: dict[str, Any], dtype: str, directory: Path) -> None:
@@ -238,12 +285,13 @@ def verify(path: str) -> None:
         sums = {name: entry["sha256"] for name, entry in manifest["tensors"].items()}
         if None in sums.values():
             raise bad_data(f"{checkpoint.directory}: written with --verify False, without sha256 sums to check")
-        check_hashes(Work(), "verify", [(checkpoint, name, digest, "damaged") for name, digest in sums.items()])
+        check_hashes(Work(), "verify", [Sum(checkpoint, name, digest, "damaged") for name, digest in sums.items()])
     say(f"{path}: all {len(sums)} tensors are as they were written")
 
 
 def main() -> None:
-    run_commands({"make_diff": make_diff, "recover": recover, "verify": verify}, name="python weight_diff.py")
+    commands = (make_diff, recover, verify, model_card)
+    run_commands({command.__name__: command for command in commands}, name="python weight_diff.py")
 
 
 if __name__ == "__main__":

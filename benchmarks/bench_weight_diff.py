@@ -2,6 +2,7 @@
 
     python benchmarks/bench_weight_diff.py              # 1.26 B parameters, bfloat16; 15 GB in a temporary directory
     python benchmarks/bench_weight_diff.py --layers 2 --rounds 1
+    python benchmarks/bench_weight_diff.py --without_2023    # where less than 14 GiB of memory are free
 
 The 2023 method: load both models as float32, subtract (or add) their state dicts, save. "safe_open": weight_diff with
 safetensors' own sliced reading in place of its reader. Rounds are interleaved, so that a busy minute hits all methods
@@ -96,8 +97,11 @@ def make_diff_reading_with_safe_open(raw_path: str, tuned_path: str, output: str
     weight_diff.make_diff(raw_path, tuned_path, output, verify=False)
 
 
-def timed(command: list[str]) -> tuple[float, float, str]:
-    """Seconds, peak memory in MiB, standard error. This process stays small: its own peak would count."""
+def timed(command: list[str]) -> tuple[float, float, float, str]:
+    """Seconds, peak memory in MiB, seconds of processor time, standard error.
+
+    This process stays small: its own peak would count.
+    """
     os.sync()
     started = time.perf_counter()
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
@@ -106,13 +110,16 @@ def timed(command: list[str]) -> tuple[float, float, str]:
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         sys.exit(f"{' '.join(command)}: exit {process.returncode}\n{said}")
-    return time.perf_counter() - started, usage.ru_maxrss / 1024, said
+    return time.perf_counter() - started, usage.ru_maxrss / 1024, usage.ru_utime + usage.ru_stime, said
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=22, help="of 51 M parameters each, beside 131 M (default 22)")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--without_2023", action="store_true", help="leave out that method, which takes 12 GiB of memory"
+    )
     parser.add_argument("--only", nargs="+", help=argparse.SUPPRESS)  # how this script starts itself
     options = parser.parse_args()
     if options.only:
@@ -132,7 +139,8 @@ def main() -> None:
         out = str(place / "out")
         no_test = ["--test_inference", "False"]
         timed([*ours, "make_diff", raw, tuned, diff])
-        timed([*itself, "make", raw, tuned, old_diff])
+        if not options.without_2023:
+            timed([*itself, "make", raw, tuned, old_diff])
         steps = {
             "cp": ["cp", "-r", tuned, out],
             "make_diff": [*ours, "make_diff", raw, tuned, out],
@@ -143,32 +151,39 @@ def main() -> None:
             "recover --verify False": [*ours, "recover", raw, diff, out, *no_test, "--verify", "False"],
             "recover of 2023": [*itself, "recover", raw, old_diff, out],
         }
+        if options.without_2023:
+            steps = {step: command for step, command in steps.items() if "2023" not in step}
         seconds: dict[str, list[float]] = {step: [] for step in steps}
         peaks: dict[str, list[float]] = {step: [] for step in steps}
+        processor: dict[str, list[float]] = {step: [] for step in steps}
         shares: dict[str, str] = {}
         for _ in range(options.rounds):
             for step, command in steps.items():
-                elapsed, peak, said = timed(command)
+                elapsed, peak, busy, said = timed(command)
+                processor[step].append(busy)
                 seconds[step].append(elapsed)
                 peaks[step].append(peak)
                 if found := re.search(r"sha256 took (\d+)%", said):
                     shares[step] = f"{found[1]} %"
                 shutil.rmtree(out)
         bytes_of = {
-            name: sum(f.stat().st_size for f in (place / name).iterdir()) for name in ("tuned", "diff", "old_diff")
+            name: sum(f.stat().st_size for f in (place / name).iterdir())
+            for name in ("tuned", "diff", "old_diff")
+            if (place / name).exists()
         }
 
     median = {step: statistics.median(values) for step, values in seconds.items()}
-    print(f"{'':36} seconds (median; all rounds)          peak MiB  × cp  × 2023  sha256 share of the threads' time")
+    print(f"{'':36} seconds (median; all rounds)          peak MiB  CPU s  × cp  × 2023  sha256 share of threads' time")
     for step in steps:
         old = (
             median[step] / median[f"{step.split()[0]} of 2023"]
-            if step.startswith(("make", "recover"))
+            if step.startswith(("make", "recover")) and not options.without_2023
             else float("nan")
         )
         rounds = " ".join(f"{value:.1f}" for value in seconds[step])
         print(
-            f"{step:36} {median[step]:6.1f}  ({rounds:24}) {max(peaks[step]):10.0f} {median[step] / median['cp']:6.2f} "
+            f"{step:36} {median[step]:6.1f}  ({rounds:24}) {max(peaks[step]):10.0f} "
+            f"{statistics.median(processor[step]):6.1f} {median[step] / median['cp']:6.2f} "
             f"{old:6.2f}   {shares.get(step, '')}"
         )
     result = {
@@ -179,6 +194,7 @@ def main() -> None:
         "machine": platform.machine(),
         "load_average": os.getloadavg()[0],
         "seconds": {step: round(value, 2) for step, value in median.items()},
+        "processor_seconds": {step: round(statistics.median(values), 2) for step, values in processor.items()},
         "peak_mib": {step: round(max(values)) for step, values in peaks.items()},
     }
     print(json.dumps(result))

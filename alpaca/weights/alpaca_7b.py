@@ -4,7 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from alpaca.weights.arithmetic import FLOATS, Plan, read_float32, rotary_buffer
+from alpaca.weights.arithmetic import Plan, read_float32, rotary_buffer
+from alpaca.weights.casts import FLOATS
 from alpaca.weights.files import Checkpoint, mismatch
 from alpaca.weights.plan import find_in_base, is_rotary
 from alpaca.weights.work import say
@@ -56,8 +57,10 @@ def check_sum(raw: Checkpoint, diff: Checkpoint, sums: dict[str, Any]) -> None:
             raise mismatch(f"{diff.directory}: {name} is missing from what should be Alpaca-7B")
         total = total + sums[name]
     if not torch.allclose(total, torch.full_like(total, SUM), atol=1e-2, rtol=0):
+        types = ", ".join(sorted({tensor.dtype for name, tensor in raw.tensors.items() if not is_rotary(name)}))
         raise mismatch(
-            f"{raw.directory} and {diff.directory} sum up to {float(total):.4f}, Alpaca-7B to {SUM}: "
-            "wrong base, damaged files, or not that release (if you know it is not: --check_integrity_naively False)"
+            f"{raw.directory} ({types}) and {diff.directory} sum up to {float(total):.4f}, Alpaca-7B to {SUM}: wrong "
+            "base (LLaMA-7B's own type is float16), damaged files, or not that release (if you know it is not: "
+            "--check_integrity_naively False)"
         )
     say("the weights sum up to Alpaca-7B's; this float32 sum does not see exchanged values, nor most flipped bits")

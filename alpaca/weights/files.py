@@ -27,12 +27,20 @@ DTYPE_BYTES = {
 }
 MAX_HEADER_BYTES = 16 * 2**20  # 70B models have headers of 0.1 MB; parsing 100 MB of JSON would take gigabytes
 MAX_JSON_BYTES = 64 * 2**20  # an index of 100,000 tensors has 10 MB
+MAX_RANK = 64  # numpy's and torch's limit; the product of 400,000 dimensions takes seconds, and longer for each more
+MAX_NAME = 1000  # characters of a tensor's name
+# What the tokenizers and processors of transformers 5 load, and mistral-common's tekken.json. No code.
 CARRIED_FILES = re.compile(
-    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template)\.json"
-    r"|(tokenizer|spiece|sentencepiece\.bpe)\.model|vocab\.txt|merges\.txt|chat_template\.jinja"
+    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|chat_template|tekken)\.json"
+    r"|((video_)?preprocessor|processor|audio_tokenizer)_config\.json|chat_template\.jinja"
+    r"|(vocab|vocab-src|vocab-tgt|target_vocab|entity_vocab|emoji|byte_maps|normalizer|speaker_embeddings_path)\.json"
+    r"|word_(shape|pronunciation)\.json|(vocab|merges|dict)\.txt|bpe\.codes|prophetnet\.tokenizer|(source|target)\.spm"
+    r"|(tokenizer|spiece|sentencepiece|sentencepiece\.bpe|spm|spm_char|tiktoken)\.model|[\w-]+\.tiktoken"
 )
 WEIGHT_FILES = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
 BLOCK_BYTES = 4 * 2**20
+LFS_POINTER = b"version https://git-lfs"
+TORCH_BEFORE_1_6 = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number, pickled
 
 
 def bad_data(message: str) -> ExpectedError:
@@ -41,6 +49,12 @@ def bad_data(message: str) -> ExpectedError:
 
 def mismatch(message: str) -> ExpectedError:
     return ExpectedError(message, ExitCode.INTEGRITY)
+
+
+def first_three(items: list[str]) -> str:
+    """["a", "b", "c", "d", "e"] → "a; b; c; and 2 more": a wrong base is hundreds of tensors, and one line."""
+    more = f"; and {len(items) - 3} more" if len(items) > 3 else ""
+    return "; ".join(items[:3]) + more
 
 
 class Tensor(NamedTuple):
@@ -88,6 +102,10 @@ def file_inside(directory: Path, name: Any) -> Path:
         raise bad_data(f"{directory / name}: missing; get a complete copy")
     if not stat.S_ISREG(mode) or not os.access(path, os.R_OK):
         raise bad_data(f"{directory / name}: not a regular file that can be read")
+    with open(path, "rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            problem = "a Git LFS pointer instead of the file; run `git lfs install` and `git lfs pull` there"
+            raise bad_data(f"{directory / name}: {problem}")
     return path
 
 
@@ -134,8 +152,6 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], bytes]:
     size = path.stat().st_size
     with open(path, "rb") as file:
         start = file.read(8)
-        if start == b"version ":
-            raise bad_data(f"{path}: a Git LFS pointer instead of the weights; run `git lfs pull` there")
         length = int.from_bytes(start, "little")
         if len(start) < 8 or not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
             problem = f"a header of {length} bytes in a file of {size}: truncated or damaged"
@@ -151,14 +167,15 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], bytes]:
 
     tensors = {}
     for name, entry in header.items():
-        where = f"tensor {name if name.isprintable() else repr(name)} in {path}"
-        if not name.isprintable() or not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        where = f"tensor {(name if name.isprintable() else repr(name))[:MAX_NAME]} in {path}"
+        named = name.isprintable() and len(name) <= MAX_NAME
+        if not named or not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
             raise bad_data(f"{where}: damaged header entry; fetch it again")
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-            raise bad_data(f"{where}: unknown type {dtype!r}")
-        lists = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
-        if not lists or any(type(n) is not int or n < 0 for n in shape + offsets):
+            raise bad_data(f"{where}: unknown type {str(dtype)[:MAX_NAME]!r}")
+        lists = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2 and len(shape) <= MAX_RANK
+        if not lists or any(type(n) is not int or not 0 <= n < 2**63 for n in shape + offsets):
             raise bad_data(f"{where}: damaged shape or offsets; fetch it again")
         begin, end = offsets
         tensors[name] = tensor = Tensor(dtype, tuple(shape), path, 8 + length + begin)
@@ -186,8 +203,10 @@ class Checkpoint:
 
     def __init__(self, directory: Path):
         self.directory = directory
+        refuse_original_llama(directory)
         self.config = read_json(directory, "config.json")
         self.tensors: dict[str, Tensor] = {}
+        self.weight_files: set[str] = set()  # names, that of the index among them
         self.headers: dict[str, bytes] = {}  # of safetensors files, by file name
         self._handles: dict[Path, int] = {}
         self._loaded: dict[str, Any] = {}  # tensors of .bin files: flat torch tensors over mapped files
@@ -200,6 +219,7 @@ class Checkpoint:
     def _open_files(self) -> None:
         for file, names in self._weight_files().items():
             path = file_inside(self.directory, file)
+            self.weight_files.add(file)
             if file.endswith(".safetensors"):
                 found, self.headers[file] = read_header(path)
                 self._handles[path] = os.open(path, os.O_RDONLY)
@@ -208,7 +228,7 @@ class Checkpoint:
             for name in found.keys() & self.tensors.keys():
                 raise bad_data(f"tensor {name}: both in {path} and in {self.tensors[name].file}; get a clean copy")
             if names is not None and names != found.keys():
-                wrong = "; ".join(sorted(names ^ found.keys()))
+                wrong = first_three(sorted(names ^ found.keys()))
                 raise bad_data(f"{path}: the index and the shard disagree about {wrong!r}; get a complete copy")
             self.tensors.update(found)
         if not self.tensors:
@@ -224,14 +244,16 @@ class Checkpoint:
             if present == [single]:
                 return {single: None}
             if present == [index]:
+                self.weight_files.add(index)
                 weight_map = read_json(self.directory, index).get("weight_map")
                 if not isinstance(weight_map, dict) or not weight_map:
                     raise bad_data(f"{self.directory / index}: no weight_map; get a clean copy")
                 files: dict[str, set[str] | None] = {}
                 for name, file in weight_map.items():
-                    path = file_inside(self.directory, file)
-                    if not file.endswith(f".{kind}"):
-                        raise bad_data(f"{self.directory / index}: {path.name} for tensor {name} is no .{kind} file")
+                    if not isinstance(file, str) or file not in files:
+                        path = file_inside(self.directory, file)
+                        if not file.endswith(f".{kind}"):
+                            raise bad_data(f"{self.directory / index}: {path.name} for {name} is no .{kind} file")
                     files.setdefault(file, set()).add(name)
                 return files
         hint = "give the directory that has model.safetensors or pytorch_model.bin, or their index"
@@ -249,8 +271,13 @@ class Checkpoint:
             **{torch.bool: "BOOL"},
         }
         if not zipfile.is_zipfile(path):
-            problem = "truncated, or written by torch before 1.6"
-            raise bad_data(f"{path}: {problem}; fetch it again, or re-save it with torch.save")
+            with open(path, "rb") as file:
+                start = file.read(len(TORCH_BEFORE_1_6))
+            if start != TORCH_BEFORE_1_6:
+                raise bad_data(f"{path}: truncated or damaged; fetch it again")
+            resave = f"import torch; f = {str(path)!r}; torch.save(torch.load(f, weights_only=True), f)"
+            problem = "written by torch before 1.6 in a form that cannot be mapped; save it again, in a copy"
+            raise bad_data(f'{path}: {problem}: python -c "{resave}"')
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # the unpickler raises whatever it meets in a damaged file
@@ -316,9 +343,39 @@ def check_archive(path: Path, advance: Callable[[int], None]) -> None:
         raise bad_data(f"{path}: damaged ({error}); fetch it again")
 
 
+def refuse_original_llama(directory: Path) -> None:
+    """Raises for the files that Meta hands out, which have other names and no config.json."""
+    parts = len(list(directory.glob("consolidated.*.pth")))
+    if (directory / "config.json").exists() or not (parts or (directory / "params.json").exists()):
+        return
+    command = "python -m transformers.models.llama.convert_llama_weights_to_hf"
+    flags = f"--input_dir {directory} --num_shards {parts or 1} --output_dir <directory to write>"
+    problem = (
+        "Meta's own files (consolidated.*.pth, params.json), not the Hugging Face format; convert them first, with"
+    )
+    place = "in an environment of its own: pip install torch sentencepiece transformers==4.46.3 accelerate"
+    raise bad_data(f"{directory}: {problem} tokenizer.model beside them and {place} && {command} {flags}")
+
+
 def carried_files(directory: Path) -> list[Path]:
-    """Config, generation config and tokenizer files; never code."""
+    """Config, generation config, and what a tokenizer or processor loads; never code."""
     return [file_inside(directory, name) for name in sorted(os.listdir(directory)) if CARRIED_FILES.fullmatch(name)]
+
+
+def files_left_behind(checkpoint: Checkpoint) -> list[str]:
+    """Names of what lies in the directory and is neither carried over nor one of its weights; a folder ends in /."""
+    known = checkpoint.weight_files | {"weight_diff.json"}
+    names = [name for name in sorted(os.listdir(checkpoint.directory)) if not CARRIED_FILES.fullmatch(name)]
+    left = [name for name in names if name not in known]
+    return [f"{name}/" if (checkpoint.directory / name).is_dir() else name for name in left]
+
+
+def changed_line_ends(path: Path, sha256: str) -> bool:
+    """Has the file the contents with this sum, but for line ends: \\r\\n where there was \\n, or the other way?"""
+    if path.stat().st_size > MAX_JSON_BYTES:
+        return False
+    unix = path.read_bytes().replace(b"\r\n", b"\n")
+    return sha256 in [hashlib.sha256(text).hexdigest() for text in (unix, unix.replace(b"\n", b"\r\n"))]
 
 
 def copy_file(path: Path, directory: Path) -> None:
@@ -335,7 +392,7 @@ def local_directory(path: Any, flag: str) -> Path:
         raise ExpectedError(f"--{flag} {path}: no such directory", ExitCode.USAGE)
     from huggingface_hub import errors, snapshot_download
 
-    small = ["*.json", "*.txt", "*.model", "*.jinja"]
+    small = ["*.json", "*.txt", "*.model", "*.jinja", "*.spm", "*.codes", "*.tiktoken", "*.tokenizer"]
     try:
         directory = Path(snapshot_download(path, allow_patterns=[*small, "model*.safetensors"]))
         if not any(directory.glob("model*.safetensors")):

@@ -18,11 +18,21 @@ import numpy as np
 
 from alpaca.common import atomic_write
 from alpaca.weights.arithmetic import Plan
-from alpaca.weights.files import Checkpoint, bad_data, file_inside, mismatch, read_json, sha256_of_file
+from alpaca.weights.files import (
+    Checkpoint,
+    bad_data,
+    changed_line_ends,
+    file_inside,
+    first_three,
+    mismatch,
+    read_json,
+    sha256_of_file,
+)
 from alpaca.weights.output import ShardWriter
 
 MANIFEST = "weight_diff.json"
 FORMAT_VERSION = 1
+LINE_ENDS = "its line ends were changed, as git does on Windows; `git config core.autocrlf false`, then clone it again"
 
 
 def _render(body: dict[str, Any]) -> str:
@@ -39,12 +49,19 @@ def describe_file(path: Path, header: bytes | None) -> dict[str, Any]:
 
 
 def diff_entry(plan: Plan, sums: dict[str, str | None]) -> dict[str, Any]:
-    """What the manifest of a diff says of a tensor; `sums` as `diff_tensor` returns them."""
+    """What the manifest of a diff says of a tensor; `sums` as `diff_tensor` returns them.
+
+    "raw" is null where the base lacks the tensor; then "computed" says whether the config gives it. "tuned" is null for
+    a rotary buffer that the tuned model lacks, and the recovered one with it.
+    """
     base = plan.raw.tensors.get(plan.raw_name)
     raw = base and {"name": plan.raw_name, "dtype": base.dtype, "shape": base.shape, "sha256": sums["raw"]}
     tuned = {"dtype": plan.dtype, "sha256": sums["tuned"], "recovered_sha256": sums["recovered"]}
+    if plan.zeros and base:
+        tuned = None
     stored = {"dtype": plan.diff_dtype, "shape": plan.shape, "sha256": sums["diff"], "mean_rows": plan.mean_rows}
-    return {**stored, "raw": raw, "tuned": tuned}
+    computed = {"computed": True} if plan.computed is not None else {}
+    return {**stored, **computed, "raw": raw, "tuned": tuned}
 
 
 def write_manifest(directory: Path, kind: str, encoding: str, tensors: dict[str, Any], writer: ShardWriter) -> None:
@@ -74,7 +91,10 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     if version != FORMAT_VERSION:
         raise bad_data(f"{path}: format version {version!r}, {FORMAT_VERSION} expected; damaged, or use a newer script")
     body.pop("manifest_sha256", None)
-    if _render(body).encode() != path.read_bytes():
+    rendered, found = _render(body).encode(), path.read_bytes()
+    if rendered == found.replace(b"\r\n", b"\n") != found:
+        raise mismatch(f"{path}: {LINE_ENDS}")
+    if rendered != found:
         raise mismatch(f"{path}: changed or damaged since it was written; get a clean copy")
     return body
 
@@ -94,9 +114,12 @@ def check_against_manifest(checkpoint: Checkpoint, manifest: dict[str, Any]) -> 
     for name, described in manifest["files"].items():
         path = file_inside(directory, name)
         if describe_file(path, checkpoint.headers.get(name)) != described:
+            if name not in checkpoint.headers and changed_line_ends(path, described["sha256"]):
+                raise mismatch(f"{path}: {LINE_ENDS}")
             raise mismatch(f"{path}: changed or damaged since {MANIFEST} was written; get a clean copy")
     found = {name: (tensor.dtype, list(tensor.shape)) for name, tensor in checkpoint.tensors.items()}
     expected = {name: (entry["dtype"], entry["shape"]) for name, entry in manifest["tensors"].items()}
     if found != expected:
         wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
-        raise mismatch(f"{directory}: not the tensors that {MANIFEST} describes: {'; '.join(wrong)}; get a clean copy")
+        problem = f"{len(wrong)} tensors are not as {MANIFEST} describes them: {first_three(wrong)}"
+        raise mismatch(f"{directory}: {problem}; get a clean copy")

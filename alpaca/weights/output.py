@@ -95,6 +95,12 @@ class ShardWriter:
         file, offset = self._places[name]
         self._write(file, memoryview(words).cast("B"), offset + start * words.itemsize)
 
+    def read(self, name: str, start: int, words: np.ndarray) -> np.ndarray:
+        """What the file holds where `words` were written."""
+        file, offset = self._places[name]
+        found = os.pread(self._handles[file], words.nbytes, offset + start * words.itemsize)
+        return np.frombuffer(found, np.uint8)
+
     def _write(self, file: str, data: memoryview, offset: int) -> None:
         while data:
             count = os.pwrite(self._handles[file], data, offset)

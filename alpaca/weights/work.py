@@ -8,11 +8,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from alpaca.weights.files import DTYPE_BYTES, Checkpoint, check_archive, mismatch
+from alpaca.weights.casts import cast
+from alpaca.weights.files import DTYPE_BYTES, Checkpoint, check_archive, first_three, mismatch
 
 PIECE = 2**17  # elements a thread holds of each tensor; larger arrays cost twice the processor time in page faults
 THREADS = min(8, (os.cpu_count() or 1) + 1)  # one more than cores: some thread always waits for the disk
@@ -87,30 +88,45 @@ class Work:
         return f"{output_bytes / 1e9:.2f} GB in {seconds:.1f} s; sha256 took {share:.0%} of the threads' time"
 
 
-def tensor_hashes(work: Work, title: str, wanted: list[tuple[Checkpoint, str]]) -> list[str]:
-    """sha256 of each (checkpoint, tensor name)."""
+def tensor_hashes(work: Work, title: str, wanted: list[tuple[Checkpoint, str, str | None]]) -> list[str]:
+    """sha256 of each (checkpoint, tensor name, type to cast it to first or None)."""
     found: dict[int, str] = {}
 
-    def job(number: int, checkpoint: Checkpoint, name: str) -> None:
+    def job(number: int, checkpoint: Checkpoint, name: str, dtype: str | None) -> None:
         tensor, digest = checkpoint.tensors[name], hashlib.sha256()
         for start, stop in work.pieces(tensor.elements, DTYPE_BYTES[tensor.dtype]):
-            work.hash(digest, checkpoint.read(name, start, stop))
+            work.hash(digest, cast(checkpoint.read(name, start, stop), tensor.dtype, dtype or tensor.dtype))
         found[number] = digest.hexdigest()
 
-    jobs = [functools.partial(job, number, *pair) for number, pair in enumerate(wanted)]
-    work.run(title, jobs, sum(checkpoint.tensors[name].bytes for checkpoint, name in wanted))
+    jobs = [functools.partial(job, number, *entry) for number, entry in enumerate(wanted)]
+    work.run(title, jobs, sum(checkpoint.tensors[name].bytes for checkpoint, name, _ in wanted))
     return [found[number] for number in range(len(wanted))]
 
 
-def check_hashes(work: Work, title: str, wanted: list[tuple[Checkpoint, str, str, str]]) -> None:
-    """wanted: (checkpoint, tensor name, sha256, what a difference means). Raises (integrity), naming all."""
-    hashes = tensor_hashes(work, title, [entry[:2] for entry in wanted])
+class Sum(NamedTuple):
+    """What a manifest promises of a tensor's contents, and what it means if they are others."""
+
+    checkpoint: Checkpoint
+    name: str
+    sha256: str
+    meaning: str
+    dtype: str | None = None  # the promise is of the contents cast to this type
+
+
+def check_hashes(work: Work, title: str, sums: list[Sum]) -> None:
+    """Raises (integrity) with the number of tensors that differ and the first three."""
+    hashes = tensor_hashes(work, title, [(entry.checkpoint, entry.name, entry.dtype) for entry in sums])
     wrong: dict[str, list[str]] = {}
-    for (checkpoint, name, expected, meaning), actual in zip(wanted, hashes, strict=True):
-        if actual != expected:
-            wrong.setdefault(f"{meaning}: {checkpoint.tensors[name].file} has other contents in", []).append(name)
+    for entry, actual in zip(sums, hashes, strict=True):
+        if actual != entry.sha256:
+            tensor = entry.checkpoint.tensors[entry.name]
+            wrong.setdefault(entry.meaning, []).append(f"{entry.name} in {tensor.file}")
     if wrong:
-        raise mismatch("; ".join(f"{place} {', '.join(names)}" for place, names in wrong.items()))
+        count = {meaning: sum(entry.meaning == meaning for entry in sums) for meaning in wrong}
+        lines = [
+            f"{key}: other contents in {len(w)} of {count[key]} tensors: {first_three(w)}" for key, w in wrong.items()
+        ]
+        raise mismatch("; ".join(lines))
 
 
 def check_archives(work: Work, checkpoints: list[Checkpoint]) -> None:

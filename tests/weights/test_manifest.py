@@ -85,7 +85,6 @@ HOSTILE_MANIFESTS = {
         mean_rows=True, raw={**first_tensor(body)["raw"], "shape": [0]}
     ),
     "shape is text": lambda body: first_tensor(body).update(shape="32"),
-    "other sum": lambda body: first_tensor(body).update(sha256="0" * 64),
     "other sum of tuned": lambda body: first_tensor(body)["tuned"].update(recovered_sha256="0" * 64),
 }
 
@@ -95,6 +94,15 @@ def test_hostile_manifests(place, problem):
     """Even with a self-consistent checksum, a manifest that does not fit is refused, without a traceback."""
     manifest_with(place, HOSTILE_MANIFESTS[problem])
     assert_refused(place)
+
+
+def test_what_counts_is_the_sum_of_the_result(place):
+    """A wrong sum of the diff alone: the model is recovered to the bit, and `verify` tells about the diff."""
+    manifest_with(place, lambda body: first_tensor(body).update(sha256="0" * 64))
+    recover(place / "raw", place / "diff", place / "out")
+    assert_same_bits(load(place / "out"), load(place / "tuned"))
+    with pytest.raises(ExpectedError, match=r"damaged: other contents in 1 of 21 tensors: model\.norm\.weight"):
+        weight_diff.verify(place / "diff")
 
 
 def test_edited_manifest_is_refused(place):
