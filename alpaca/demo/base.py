@@ -6,6 +6,8 @@
 Nothing of the file or of the package is executed.
 """
 
+import contextlib
+import io
 import os
 import re
 import shutil
@@ -86,8 +88,9 @@ def write_gguf(gguf: Path, directory: Path, source: str) -> None:
     if hasattr(transformers, "GgufConfig"):  # since 5.23, which else may leave the weights packed
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**place)
-        model = transformers.AutoModelForCausalLM.from_pretrained(**place, **options)
+        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that can't be switched off
+            tokenizer = transformers.AutoTokenizer.from_pretrained(**place)
+            model = transformers.AutoModelForCausalLM.from_pretrained(**place, **options)
     except (OSError, ValueError, KeyError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ExpectedError(f"{gguf} can't be read: {type(error).__name__}: {reason}", ExitCode.DATA)
