@@ -174,6 +174,7 @@ def write_whole(directory: Path, write: Callable[[Path], None]) -> None:
 
 
 def main() -> None:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where it is installed, says that it chose that
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
