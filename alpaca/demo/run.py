@@ -6,6 +6,7 @@ Writes demo/base, demo/examples.json, demo/tuned and demo/train.log; what an ear
 """
 
 import ast
+import gc
 import math
 import os
 import re
@@ -88,6 +89,8 @@ def estimate_seconds(base: str, examples: list[dict[str, str]], bf16: bool) -> f
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         seconds = time.perf_counter() - started
+    del model, loss
+    gc.collect()  # its 2 GB, which training needs
     return seconds / ids.numel() * int(lengths.sum()) / PROCESSES
 
 
