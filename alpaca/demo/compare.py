@@ -49,8 +49,8 @@ def answer_all(
 
 
 def wrap(text: str, width: int) -> list[str]:
-    """Lines of at most `width` characters; the text's own line breaks stay."""
-    lines = (textwrap.wrap(line, width, break_on_hyphens=False) or [""] for line in text.strip().splitlines())
+    """Lines of at most `width` characters; the text's own line breaks stay, empty lines do not."""
+    lines = (textwrap.wrap(line, width, break_on_hyphens=False) for line in text.splitlines())
     return list(itertools.chain(*lines)) or ["(nothing)"]
 
 

@@ -29,7 +29,7 @@ def picture_page(chromium, directory):
         page.wait(lambda: page.text("instruction"))
         page.find("button#answer").click()
         page.wait(lambda: page.status() == "Done.")
-        chromium.set_window_size(1000, 900)
+        chromium.set_window_size(1000, 1080)
         chromium.execute_script("window.scrollTo(0, 0)")
         chromium.save_screenshot(str(ROOT / "assets" / "web_page.png"))
 

@@ -12,8 +12,9 @@ def test_two_columns_within_eighty():
     assert max(map(len, shown)) <= WIDTH
     assert shown[0] == "-" * WIDTH and shown[1].startswith("> Why Why")
     assert "> One line." in shown and "> Another." in shown
-    left, right = ([line[:42].strip(), line[42:]] for line in shown[shown.index("> Another.") + 2 :][:2])
-    assert left == ["BASE", "TUNED"] and right[0].startswith("A word A word") and right[1] == "Short."
+    rows = [(line[:42].strip(), line[42:]) for line in shown[shown.index("> Another.") + 2 :][:3]]
+    assert rows[0] == ("BASE", "TUNED") and rows[1][0].startswith("A word A word")
+    assert [right for _, right in rows[1:]] == ["Short.", "Two."]
     assert "[cut off]" in "".join(line[:42] for line in shown)
     assert "[cut off]" not in "".join(line[42:] for line in shown)
 
