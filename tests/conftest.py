@@ -15,7 +15,7 @@ GPU = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split
 for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
     os.environ[name] = ""
 
-# The documented command, which the Makefile runs too.
+# The documented command.
 MATERIALIZE = re.search(
     r'python -c "(import transformers as t; .*?)"\n', (ROOT / "configs" / "llama_tiny" / "README.md").read_text()
 ).group(1)
