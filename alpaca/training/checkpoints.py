@@ -266,21 +266,27 @@ def publish_model(output_dir: str | os.PathLike) -> None:
 
 
 def check_space(output_dir: str | os.PathLike, checkpoint: int, model: int, to_come: int, limit: int | None) -> None:
-    """Raise ExpectedError (exit 8) when the disk can't take what a run will save. Sizes in bytes.
+    """Raise ExpectedError (exit 8) when the disk can't take a first checkpoint and the model, and say it when it may not
+    take all that a run will save. Sizes in bytes.
 
     A new checkpoint is complete before an old one goes, so `limit` of them need room for one more. Those that are
     there already have theirs.
     """
     there = len(checkpoints_in(output_dir))
     at_once = min(to_come, max(1, limit + 1 - there)) if limit else to_come
-    needed, free = at_once * checkpoint + model, shutil.disk_usage(output_dir).free
-    if needed > free:
-        raise ExpectedError(
+    free = shutil.disk_usage(output_dir).free
+    for number in sorted({min(1, at_once), at_once}):
+        needed = number * checkpoint + model
+        if needed <= free:
+            continue
+        what = (
             f"{output_dir} has {free / GIB:.1f} GiB free, and this run will need about {needed / GIB:.1f}: "
-            f"{at_once} checkpoints of {checkpoint / GIB:.2f} GiB and a model of {model / GIB:.2f}. Free some space, "
-            "save less often (--save_steps), keep fewer (--save_total_limit), or choose another directory",
-            ExitCode.DISK,
+            f"{number} checkpoint{'s' * (number > 1)} of {checkpoint / GIB:.2f} GiB and a model of {model / GIB:.2f}. "
+            "Free some space, save less often (--save_steps), keep fewer (--save_total_limit), or choose another directory"
         )
+        if number <= 1:
+            raise ExpectedError(what, ExitCode.DISK)
+        notice(what)
 
 
 def record_run(
