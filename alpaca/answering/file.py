@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from alpaca.answering.model import Reader, Sampling, answer, load_model, load_reader
-from alpaca.common import ExitCode, ExpectedError, atomic_write, notice
+from alpaca.common import ExitCode, ExpectedError, atomic_write, keep_inputs, notice
 from alpaca.data.examples import load_examples
 
 
@@ -21,6 +21,8 @@ def answer_file(args: argparse.Namespace, sampling: Sampling) -> None:
     Answers are appended to OUTPUT.partial.jsonl and synced, a batch at a time. Batches are the same in every run, and
     each starts from the seed, so that an interrupted run ends with the same bytes as an uninterrupted one.
     """
+    inputs = {"data_path": args.data_path, "model_name_or_path": args.model_name_or_path}
+    keep_inputs({"output_path": args.output_path}, inputs)
     examples = load_examples(args.data_path, need_output=False)
     if os.path.exists(args.output_path) and not os.path.exists(partial_path(args)):
         raise ExpectedError(

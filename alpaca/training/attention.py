@@ -70,7 +70,7 @@ def keeps_examples_apart(config: transformers.PretrainedConfig, attention: str |
             if getattr(small, name, None) is not None:
                 setattr(small, name, value)
         small._attn_implementation = attention
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):  # the weights are made on the CPU
             torch.manual_seed(0)
             model = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](small).float().eval()
             examples = [{"input_ids": (ids := torch.randint(1, 64, (n,))), "labels": ids.clone()} for n in lengths]

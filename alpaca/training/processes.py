@@ -2,13 +2,15 @@
 
 import os
 import socket
+import tempfile
+import time
 from collections.abc import Callable
 from typing import Any
 
 import psutil
 import torch.distributed as dist
 
-from alpaca.common import ExpectedError
+from alpaca.common import ExitCode, ExpectedError
 
 
 def once_for_all_ranks(build: Callable[[], Any]) -> Any:
@@ -34,6 +36,27 @@ def gather_from_all_ranks(value: Any) -> list[Any]:
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def check_shared(directory: str) -> None:
+    """Raise ExpectedError (exit 2) on all ranks when some do not see what rank 0 writes: a directory of one machine's
+    own, whose checkpoints would be in parts on several."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    sign = once_for_all_ranks(lambda: tempfile.mkstemp(dir=directory, prefix=".shared-")[1])
+    sign = os.path.join(directory, os.path.basename(sign))
+    deadline = time.monotonic() + 5  # a network's file system may take its time
+    while not (seen := os.path.exists(sign)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    blind = [rank for rank, sees in enumerate(gather_from_all_ranks(seen)) if not sees]
+    if dist.get_rank() == 0:
+        os.unlink(sign)
+    if blind:
+        raise ExpectedError(
+            f"--output_dir {directory} is not one directory for all processes: what rank 0 writes there, rank "
+            f"{', '.join(map(str, blind))} can't see; give one that all machines share",
+            ExitCode.USAGE,
+        )
 
 
 def processes_beside_this() -> list[int]:

@@ -1,6 +1,7 @@
 """The Hugging Face Trainer with this project's batches, checks and saves."""
 
 from pathlib import Path
+from typing import Any
 
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
@@ -19,7 +20,7 @@ class AlpacaTrainer(Trainer):
     """The Trainer, with the examples of each optimizer step regrouped into micro-batches of equal token counts, steps
     that are checked before they change the weights, and saves that are whole or absent."""
 
-    def __init__(self, *args, balance_tokens: bool, **kwargs):
+    def __init__(self, *args, balance_tokens: bool, identity: dict[str, Any] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.args.remove_unused_columns = False  # "record" is for the collator, which asks for no more than it needs
         self.data_collator.with_records = True
@@ -30,6 +31,7 @@ class AlpacaTrainer(Trainer):
                 without_lora = getattr(self.model, "get_base_model", lambda: self.model)()
                 use_lean_loss(without_lora)
         self.balance_tokens = balance_tokens
+        self.identity = identity or {}  # of the run, for the checkpoints' manifests
         self._saved_step = -1  # that of the newest checkpoint which this process wrote
         self.watch = StepWatch()
         for callback in (ShardingCheck(), SpaceCheck(), self.watch):
@@ -124,6 +126,7 @@ class AlpacaTrainer(Trainer):
                     sharding=self.args.sharding,
                     processes=self.args.world_size,
                     has_optimizer=not self.args.save_only_model,
+                    identity=self.identity,
                 )
         self.accelerator.wait_for_everyone()
         self._saved_step = self.state.global_step
