@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from alpaca.common import ExitCode, ExpectedError, keep_inputs, make_output_directory, run_main
+from alpaca.common import ExitCode, ExpectedError, keep_inputs, make_output_directory, memory_problem
 from alpaca.data.examples import IGNORE_INDEX, SupervisedDataset, preprocess
 from alpaca.prompts import PROMPT_DICT
 from alpaca.training import memory
@@ -38,7 +38,7 @@ from alpaca.training.models import (
     load_tokenizer,
     turn_off_cache,
 )
-from alpaca.training.processes import check_shared, once_for_all_ranks
+from alpaca.training.processes import check_shared, once_for_all_ranks, run_rank
 from alpaca.training.run_record import identity_of, record_run
 from alpaca.training.special_tokens import complete_tokenizer, resize_embeddings, smart_tokenizer_and_embedding_resize
 from alpaca.training.trainer import AlpacaTrainer
@@ -156,20 +156,28 @@ def check_paths(model_args: ModelArguments, data_args: DataArguments, training_a
 def main() -> None:
     """`train()`, and the process group closed behind it.
 
-    A process that exits with an open one is now and then aborted on its way out, and its exit code lost. It can't be
-    closed while another process may still wait inside a collective: after errors that are not raised by all together,
-    such as a disk that is full for one of them.
+    It can't be closed while another process may still wait inside a collective: after errors that are not raised by all
+    together, such as a disk or a memory that is full for one of them.
     """
-    failure = None
+    together = False
     try:
         train()
+        together = True
     except ExpectedError as error:
-        failure = error
-    if dist.is_initialized() and (failure is None or failure.exit_code != ExitCode.DISK):
-        dist.destroy_process_group()
-    if failure:
-        raise failure
+        together = error.exit_code != ExitCode.DISK
+        raise
+    except (RuntimeError, MemoryError) as error:
+        if not (problem := memory_problem(error)):
+            raise
+        raise ExpectedError(
+            f"{problem}. --estimate_memory True says what to turn; first a smaller --per_device_train_batch_size with "
+            "more --gradient_accumulation_steps. What was saved before is whole (--resume_from_checkpoint last)",
+            ExitCode.USAGE,
+        )
+    finally:
+        if dist.is_initialized() and together:
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_rank(main)

@@ -69,6 +69,16 @@ def disk_problem(error: BaseException | None) -> str | None:
     return None
 
 
+def memory_problem(error: BaseException) -> str | None:
+    """Which memory was full, and what was asked of it; None for every other error."""
+    text = " ".join(str(error).split())
+    if type(error).__name__ == "OutOfMemoryError" or "CUDA out of memory" in text:
+        return "the GPU's memory is full: " + text.partition("See documentation")[0][:200].strip(" .")
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
+        return "the machine's memory is full" + (f": {text[-120:]}" if text else "")
+    return None
+
+
 def run_main(main: Callable[[], Any]) -> None:
     """Run a script's `main`; an expected failure ends in one `error: …` line on standard error and its exit code.
 
