@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent  # the scripts, and the files that lie beside them
+WINDOWS = os.name == "nt"
 
 
 class ExitCode(enum.IntEnum):
@@ -282,7 +283,7 @@ def _umask() -> int:
 
 def sync_directory(directory: str | os.PathLike) -> None:
     """Make renames and new names in a directory survive a power cut."""
-    if os.name == "nt":  # where a directory can't be opened
+    if WINDOWS:  # where a directory can't be opened
         return
     handle = os.open(directory, os.O_RDONLY)
     try:

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_pt_utils import get_model_param_count
 
-from alpaca.common import ExitCode, ExpectedError, notice
+from alpaca.common import WINDOWS, ExitCode, ExpectedError, notice
 from alpaca.training import checkpoints
 from alpaca.training.processes import gather_from_all_ranks, is_running, once_for_all_ranks, processes_beside_this
 
@@ -112,6 +112,9 @@ class Preemption:
 
     def start(self, peers: list[int]) -> None:
         """`peers`: the process ids that end this process by ending."""
+        if WINDOWS:  # where no one sends SIGTERM
+            self._over.set()
+            return
         signals, self._wakeup = os.pipe()
         os.set_blocking(self._wakeup, False)
         signal.signal(signal.SIGTERM, lambda *_: None)  # a handler, or the pipe would get no byte
