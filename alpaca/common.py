@@ -281,6 +281,22 @@ def _umask() -> int:
     return mask
 
 
+def lock_file(file: Any) -> None:
+    """Lock an open file against other processes until it is closed. Raises BlockingIOError where one has it."""
+    if WINDOWS:
+        import msvcrt
+
+        try:
+            file.seek(0)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError:
+            raise BlockingIOError
+        return
+    import fcntl
+
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def sync_directory(directory: str | os.PathLike) -> None:
     """Make renames and new names in a directory survive a power cut."""
     if WINDOWS:  # where a directory can't be opened

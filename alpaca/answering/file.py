@@ -1,7 +1,6 @@
 """Answer a file of instructions with a tuned model: in batches, resumable, the same bytes however often stopped."""
 
 import argparse
-import fcntl
 import hashlib
 import json
 import os
@@ -11,7 +10,7 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from alpaca.answering.model import Reader, Sampling, answer, load_model, load_reader
-from alpaca.common import ExitCode, ExpectedError, atomic_write, keep_inputs, notice
+from alpaca.common import ExitCode, ExpectedError, atomic_write, keep_inputs, lock_file, notice
 from alpaca.data.examples import load_examples
 
 
@@ -85,7 +84,7 @@ def open_partial(args: argparse.Namespace) -> BinaryIO:
             f"--output_path {args.output_path} can't be written: {error.strerror}; choose another place", ExitCode.DISK
         )
     try:
-        fcntl.flock(partial, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_file(partial)
     except BlockingIOError:
         partial.close()
         raise ExpectedError(f"another run is writing {path}; wait for it or choose another name", ExitCode.LOCKED)

@@ -143,7 +143,8 @@ def load_model(model_args: ModelArguments, training_args: TrainingArguments) -> 
 def turn_off_cache(config: transformers.PretrainedConfig) -> Callable[[], None]:
     """No keys and values are kept while training; the function returned puts back what the config said, for whoever
     generates. Many configs have no `use_cache` or have it in that of the text model."""
-    parts = [config] if config.get_text_config() is config else [config, config.get_text_config()]
+    inner = [getattr(config, name, None) for name in config.sub_configs]
+    parts = [config, *(part for part in inner if hasattr(part, "use_cache"))]
     before = [(part, vars(part).get("use_cache")) for part in parts]
     for part in parts:
         part.use_cache = False
@@ -163,7 +164,7 @@ def check_positions(config: transformers.PretrainedConfig, longest: int) -> None
 
     Positions that are computed (LLaMA) have no such end.
     """
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     if not isinstance(positions, int) or longest <= positions:
         return
     with torch.device("meta"):

@@ -138,18 +138,20 @@ def train_at_home(home, *flags):
 
 
 def train_with_little_memory(*flags):
-    """train.py whose memory can't grow by more than 1 MB from the first step on."""
+    """train.py on a machine without the memory for what its first step asks for."""
     import resource
+
+    import torch
 
     from alpaca.training.callbacks import StepWatch
 
     def on_step_begin(self, args, state, control, **kwargs):
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        limit = pages * resource.getpagesize() + 2**20
+        limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + 2**28
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        torch.empty(2**29)
 
     StepWatch.on_step_begin = on_step_begin
-    train("--per_device_train_batch_size", 32, *flags)
+    train(*flags)
 
 
 def train_without_unix(*flags):
@@ -161,4 +163,13 @@ def train_without_unix(*flags):
 
     callbacks.WINDOWS = common.WINDOWS = True
     checkpoints.sync_directory = common.sync_directory
+    train(*flags)
+
+
+def train_on_a_small_disk(free, *flags):
+    """train.py on a disk that says it has `free` bytes left."""
+    import shutil
+
+    usage = shutil.disk_usage("/")._replace(free=free)
+    shutil.disk_usage = lambda path: usage
     train(*flags)

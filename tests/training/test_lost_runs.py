@@ -104,7 +104,7 @@ def test_every_config_of_the_library_can_be_saved_after_training():
         before = config.to_dict()
         without += not hasattr(config, "use_cache")
         put_back = models.turn_off_cache(config)
-        assert config.use_cache is False and config.get_text_config().use_cache is False
+        assert config.use_cache is False and config.get_text_config(decoder=True).use_cache is False
         put_back()
         assert config.to_dict() == before, kind
     assert without >= 10
