@@ -18,7 +18,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from alpaca.common import ROOT, ExitCode, ExpectedError, atomic_write, jdump, run_main
+from alpaca.common import (
+    ROOT,
+    ExitCode,
+    ExpectedError,
+    atomic_write,
+    jdump,
+    keep_inputs,
+    make_output_directory,
+    run_main,
+)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -49,8 +58,10 @@ def main() -> None:
 
     index, figures = (os.path.join(args.output_dir, name) for name in ("index.html", "report.json"))
     png = args.verb_noun_png or os.path.join(args.output_dir, "verb_noun.png")
-    keep_inputs([args.data_path, args.compare, args.against, args.seed_tasks_path], [index, figures, png])
-    prepare_directory(args.output_dir)
+    inputs = {name: getattr(args, name) for name in ("data_path", "compare", "against", "seed_tasks_path")}
+    for flag, path in (("output_dir", index), ("output_dir", figures), ("verb_noun_png", png)):
+        keep_inputs({flag: path}, inputs)
+    make_output_directory(args.output_dir, "output_dir")
     data_sets = {args.data_path: load_examples(args.data_path)}
     if args.compare:
         with naming("--compare"):
@@ -111,23 +122,6 @@ def import_page() -> Any:
             ExitCode.USAGE,
         )
     return page
-
-
-def keep_inputs(inputs: list[str | None], outputs: list[str]) -> None:
-    kept = {os.path.realpath(path): path for path in inputs if path}
-    for output in outputs:
-        if os.path.realpath(output) in kept:
-            message = f"{output} is to be written and is also read; choose another --output_dir or --verb_noun_png"
-            raise ExpectedError(message, ExitCode.USAGE)
-
-
-def prepare_directory(directory: str) -> None:
-    try:
-        os.makedirs(directory, exist_ok=True)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise ExpectedError(f"--output_dir {directory} can't be made ({error.strerror}); choose another", ExitCode.DISK)
-    if not os.access(directory, os.W_OK):
-        raise ExpectedError(f"--output_dir {directory} is not writable; choose another", ExitCode.DISK)
 
 
 @contextlib.contextmanager

@@ -70,7 +70,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch_size", type=int, default=8, help="instructions of a file answered at once (%(default)s)")
     dtypes = ["auto", "float32", "bfloat16", "float16"]
     add("--dtype", default="auto", choices=dtypes, help="auto: as saved (%(default)s)")
-    add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: a GPU if there is one (%(default)s)")
+    add(
+        "--device",
+        default="auto",
+        choices=["auto", "cpu", "cuda", "mps"],
+        help="auto: a GPU if there is one (%(default)s)",
+    )
     args = parser.parse_args()
 
     args.merge_input = args.merge_input == "True"
@@ -97,8 +102,10 @@ def parse_arguments() -> argparse.Namespace:
         fail(f"--top_p {args.top_p:g} is not above 0 and at most 1")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: PyTorch sees no GPU here")
+    if args.device == "mps" and not torch.backends.mps.is_available():
+        fail("--device mps: PyTorch sees no Apple GPU here")
     if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+        args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     return args
 
 

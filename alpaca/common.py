@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent  # the scripts, and the files that lie beside them
+WINDOWS = os.name == "nt"
 
 
 class ExitCode(enum.IntEnum):
@@ -66,6 +67,16 @@ def disk_problem(error: BaseException | None) -> str | None:
         if "iostream error" in str(error):
             return "a file can't be written in full"
         error = error.__context__
+    return None
+
+
+def memory_problem(error: BaseException) -> str | None:
+    """Which memory was full, and what was asked of it; None for every other error."""
+    text = " ".join(str(error).split())
+    if type(error).__name__ == "OutOfMemoryError" or "CUDA out of memory" in text:
+        return "the GPU's memory is full: " + text.partition("See documentation")[0][:200].strip(" .")
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
+        return "the machine's memory is full" + (f": {text[-120:]}" if text else "")
     return None
 
 
@@ -203,6 +214,42 @@ def read_docstring(function: Callable[..., Any]) -> tuple[str, dict[str, tuple[s
 # --------------------------------------------------------------------------------------------------------------- files
 
 
+def keep_inputs(outputs: dict[str, Any], inputs: dict[str, Any]) -> None:
+    """Raise ExpectedError (exit 2) where a path to be written is, holds or lies in one that is read, links followed.
+
+    Both are flag → path. None, and what does not exist (a Hub id), is no input.
+    """
+
+    def same(one: Path, other: Path) -> bool:
+        return one == other or (one.exists() and one.samefile(other))
+
+    for flag, output in outputs.items():
+        for name, given in inputs.items():
+            if not (output and given and os.path.exists(given)):
+                continue
+            written, read = Path(str(output)).resolve(), Path(str(given)).resolve()
+            if same(written, read):
+                how = "is"
+            elif any(same(parent, read) for parent in written.parents):
+                how = "lies in"
+            elif any(same(parent, written) for parent in read.parents if written.exists()):
+                how = "holds"
+            else:
+                continue
+            message = f"--{flag} {output} {how} --{name} {given}, which is read; choose another --{flag}"
+            raise ExpectedError(message, ExitCode.USAGE)
+
+
+def make_output_directory(path: Any, flag: str) -> None:
+    """Raises ExpectedError (exit 8) when it can't be made or written to."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise ExpectedError(f"--{flag} {path} can't be made ({error.strerror}); choose another", ExitCode.DISK)
+    if not os.access(path, os.W_OK):
+        raise ExpectedError(f"--{flag} {path} is not writable; choose another", ExitCode.DISK)
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[io.IOBase]:
     """Open a file that replaces `path` only when the block ends without an exception: whole or not at all.
@@ -216,7 +263,7 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[io.IOBase
     try:
         with open(handle, mode, encoding=None if "b" in mode else "utf-8") as file:
             # mkstemp makes files private; a new file gets the usual mode, a replaced one keeps its own.
-            os.fchmod(handle, os.stat(path).st_mode & 0o777 if os.path.exists(path) else 0o666 & ~_umask())
+            os.chmod(temporary, os.stat(path).st_mode & 0o777 if os.path.exists(path) else 0o666 & ~_umask())
             yield file
             file.flush()
             os.fsync(handle)
@@ -234,8 +281,26 @@ def _umask() -> int:
     return mask
 
 
+def lock_file(file: Any) -> None:
+    """Lock an open file against other processes until it is closed. Raises BlockingIOError where one has it."""
+    if WINDOWS:
+        import msvcrt
+
+        try:
+            file.seek(0)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError:
+            raise BlockingIOError
+        return
+    import fcntl
+
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def sync_directory(directory: str | os.PathLike) -> None:
     """Make renames and new names in a directory survive a power cut."""
+    if WINDOWS:  # where a directory can't be opened
+        return
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)

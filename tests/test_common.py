@@ -1,10 +1,11 @@
 """Command lines: what reaches the function, and that nothing runs before everything is known."""
 
+import os
 import sys
 
 import pytest
 
-from alpaca.common import ExitCode, ExpectedError, read_docstring, run_commands
+from alpaca.common import ExitCode, ExpectedError, keep_inputs, read_docstring, run_commands
 
 CALLS = []
 
@@ -177,3 +178,35 @@ def test_every_parameter_must_be_described():
 
     with pytest.raises(KeyError):
         read_docstring(undescribed)
+
+
+@pytest.mark.parametrize(
+    ("output", "how"),
+    [
+        ("base", "is"),
+        ("base/", "is"),
+        ("x/../base", "is"),
+        ("link", "is"),
+        ("base/out", "lies in"),
+        ("link/new/out", "lies in"),
+        (".", "holds"),
+        ("data.json", "is"),
+        ("hard.json", "is"),
+        ("out", None),
+        ("base2", None),
+        (None, None),
+    ],
+)
+def test_no_output_touches_an_input(output, how, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for directory in ("base", "x"):
+        os.mkdir(directory)
+    (tmp_path / "link").symlink_to("base")
+    (tmp_path / "data.json").write_text("[]")
+    os.link("data.json", "hard.json")
+    inputs = {"model": "base", "data_path": "data.json", "compare": None, "hub": "owner/name"}
+    if how is None:
+        return keep_inputs({"output_dir": output}, inputs)
+    with pytest.raises(ExpectedError, match=rf"^--output_dir {output} {how} --\w+ .*, which is read; choose") as raised:
+        keep_inputs({"output_dir": output}, inputs)
+    assert raised.value.exit_code == ExitCode.USAGE

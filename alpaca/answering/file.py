@@ -1,7 +1,6 @@
 """Answer a file of instructions with a tuned model: in batches, resumable, the same bytes however often stopped."""
 
 import argparse
-import fcntl
 import hashlib
 import json
 import os
@@ -11,7 +10,7 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from alpaca.answering.model import Reader, Sampling, answer_ids, load_model, load_reader
-from alpaca.common import ExitCode, ExpectedError, atomic_write, notice
+from alpaca.common import ExitCode, ExpectedError, atomic_write, keep_inputs, lock_file, notice
 from alpaca.data.examples import load_examples
 
 
@@ -23,6 +22,8 @@ def answer_file(args: argparse.Namespace, sampling: Sampling, with_ends: bool = 
     Answers are appended to OUTPUT.partial.jsonl and synced, a batch at a time. Batches are the same in every run, and
     each starts from the seed, so that an interrupted run ends with the same bytes as an uninterrupted one.
     """
+    inputs = {"data_path": args.data_path, "model_name_or_path": args.model_name_or_path}
+    keep_inputs({"output_path": args.output_path}, inputs)
     examples = load_examples(args.data_path, need_output=False)
     if os.path.exists(args.output_path) and not os.path.exists(partial_path(args)):
         raise ExpectedError(
@@ -93,7 +94,7 @@ def open_partial(args: argparse.Namespace) -> BinaryIO:
             f"--output_path {args.output_path} can't be written: {error.strerror}; choose another place", ExitCode.DISK
         )
     try:
-        fcntl.flock(partial, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_file(partial)
     except BlockingIOError:
         partial.close()
         raise ExpectedError(f"another run is writing {path}; wait for it or choose another name", ExitCode.LOCKED)

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 import transformers
 
-from alpaca.common import ExitCode, ExpectedError, jload
+from alpaca.common import ExitCode, ExpectedError
 from alpaca.data.tokenizers import TokenizerLoader, encode
 from alpaca.prompts import format_prompt
-from alpaca.training.models import from_pretrained
+from alpaca.training.models import TOKENIZER_FILES, check_directory, check_tensors, from_pretrained
 
 
 @dataclass
@@ -33,33 +33,6 @@ class Sampling:
         if self.temperature >= 0.001:  # below that, logits divided by it may overflow
             options |= {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
         return options
-
-
-WEIGHT_ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
-TOKENIZER_FILES = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"}
-
-
-def check_directory(path: str) -> None:
-    """Say in one line what a model directory lacks, where the libraries would guess or answer with a traceback."""
-    if not os.path.isdir(path):
-        return  # a Hub id, or a wrong name, of which from_pretrained says so
-    names = set(os.listdir(path))
-    is_adapter = "adapter_config.json" in names
-    stem = "adapter_model" if is_adapter else ("model", "pytorch_model")
-    if not is_adapter and "config.json" not in names:
-        lacks = "no model: neither config.json nor adapter_config.json"
-    elif not any(name.startswith(stem) and name.endswith(WEIGHT_ENDINGS) for name in names):
-        lacks = "no weights (model*.safetensors or pytorch_model*.bin; of an adapter adapter_model.safetensors)"
-    elif not is_adapter and not names & TOKENIZER_FILES:
-        lacks = "no tokenizer (tokenizer.json or tokenizer.model)"
-    elif "weight_diff.json" in names and jload(os.path.join(path, "weight_diff.json")).get("kind") == "diff":
-        lacks = "a weight diff and no model: python weight_diff.py recover makes one of it"
-    else:
-        return
-    raise ExpectedError(
-        f"--model_name_or_path {path} holds {lacks}; give the --output_dir of a finished training run, or a Hub id",
-        ExitCode.USAGE,
-    )
 
 
 @dataclass
@@ -127,13 +100,9 @@ def load_model(args: argparse.Namespace, tokenizer: Any) -> Any:
 
         model = from_pretrained(peft.AutoPeftModelForCausalLM, path, **options)
     else:
-        model, report = from_pretrained(transformers.AutoModelForCausalLM, path, output_loading_info=True, **options)
-        if missing := sorted(report["missing_keys"]):  # the library makes them up at random
-            raise ExpectedError(
-                f"--model_name_or_path {path} lacks {len(missing)} of the model's tensors: {', '.join(missing[:3])}; "
-                "copy or download it again",
-                ExitCode.USAGE,
-            )
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, report = from_pretrained(transformers.AutoModelForCausalLM, path, **options)
+        check_tensors(path, report)
     model.eval()
     model.generation_config = transformers.GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,

@@ -34,12 +34,21 @@ class TrainingArguments(TrainingFlags, transformers.TrainingArguments):
         map_old_spellings(self)
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()
+        check_sizes(self)
+        if self.save_on_each_node:
+            raise wrong_usage(
+                "--save_on_each_node: checkpoints are written once, to a directory that all machines share"
+            )
+        if self.save_strategy == "best" and self.metric_for_best_model is None:
+            self.metric_for_best_model = "loss"  # as for --load_best_model_at_end
         self.half_precision = self.bf16 or self.fp16  # as asked for, with or without a GPU
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         if self.use_cpu or accelerator is None:
             self._train_on_cpu()
         elif accelerator.type == "cuda":
             check_precision(self.bf16, self.tf32, torch.cuda.get_device_name(), torch.cuda.get_device_capability())
+        elif accelerator.type == "mps":
+            check_mps(self, int(os.environ.get("WORLD_SIZE", "1")))
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every parameter of a causal language model is used
         self._read_fsdp()
@@ -48,6 +57,11 @@ class TrainingArguments(TrainingFlags, transformers.TrainingArguments):
             self.fsdp = self.deepspeed = None
         self._read_deepspeed()
         super().__post_init__()
+        if self.deepspeed and (mismatches := self.hf_deepspeed_config.mismatches):
+            reasons = "; ".join(" ".join(mismatch.strip("- ").split()) for mismatch in mismatches)
+            raise wrong_usage(
+                f'{self.deepspeed} contradicts the flags: {reasons}. Write "auto" there, or give the same'
+            )
         self._check_packages()
         if self.n_gpu > 1:
             notice(f"one process uses one GPU; start torchrun --nproc_per_node={self.n_gpu} train.py … to use them all")
@@ -136,6 +150,8 @@ class TrainingArguments(TrainingFlags, transformers.TrainingArguments):
         if "scheduler" in config:
             notice(f"the scheduler block of {self.deepspeed} overrides --lr_scheduler_type {self.lr_scheduler_type}")
         zero = config.get("zero_optimization", {})
+        if not isinstance(zero, dict):
+            raise wrong_usage(f"--deepspeed {self.deepspeed}: zero_optimization is no JSON object")
         if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
             notice(
                 f"{self.deepspeed} leaves ZeRO shards and no loadable model at the end; set "
@@ -199,11 +215,58 @@ def read_json_flag(name: str, value: str | dict | None) -> dict[str, Any]:
         return dict(value or {})
     try:
         if value.lstrip().startswith("{"):
-            return json.loads(value)
-        with open(value, encoding="utf-8") as file:
-            return json.load(file)
-    except (OSError, ValueError) as error:
-        raise wrong_usage(f"--{name} {value}: {error}; give a JSON file or a JSON object")
+            config = json.loads(value)
+        else:
+            with open(value, encoding="utf-8") as file:
+                config = json.load(file)
+        if isinstance(config, dict):
+            return config
+        error = "no JSON object"
+    except (OSError, ValueError, RecursionError) as reason:
+        error = reason
+    raise wrong_usage(f"--{name} {value[:200]}: {error}; give a JSON file or a JSON object")
+
+
+# Flags whose value counts something → the least that it can mean.
+LEAST = {
+    **dict.fromkeys(["model_max_length", "per_device_train_batch_size", "per_device_eval_batch_size"], 1),
+    **dict.fromkeys(["gradient_accumulation_steps", "save_total_limit", "estimate_gpus"], 1),
+    **dict.fromkeys(["learning_rate", "warmup_steps", "weight_decay", "dataloader_num_workers", "max_grad_norm"], 0),
+}
+ABOVE_ZERO = ("num_train_epochs", "save_steps", "logging_steps", "eval_steps", "estimate_gib")
+
+
+def check_sizes(args: "TrainingArguments") -> None:
+    """Raise ExpectedError (exit 2) for sizes that nothing can have; the library takes some for "none" or "all"."""
+    for name in (*LEAST, *ABOVE_ZERO):
+        value, least = getattr(args, name), LEAST.get(name)
+        if value is not None and not (value > 0 if least is None else value >= least):
+            raise wrong_usage(f"--{name} {value}: give {'more than 0' if least is None else f'{least} or more'}")
+    if args.max_steps < -1 or args.max_steps == 0:
+        raise wrong_usage(f"--max_steps {args.max_steps}: give 1 or more, or -1 to let the epochs count")
+
+
+def check_steps(args: "TrainingArguments", examples: int) -> None:
+    """Raise ExpectedError (exit 2) when no step would be made of so many examples."""
+    needed = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if args.dataloader_drop_last and examples < needed:
+        raise wrong_usage(
+            f"--dataloader_drop_last True leaves no step: there are {examples} examples to train on, and a step takes "
+            f"{needed}; leave the flag out or take smaller steps"
+        )
+
+
+def check_mps(args: "TrainingArguments", processes: int) -> None:
+    """Raise ExpectedError (exit 2) for what PyTorch can't do on Apple's GPU (MPS)."""
+    asked = {"fp16": args.fp16, "tf32": args.tf32, "fsdp": args.fsdp, "deepspeed": args.deepspeed}
+    asked["use_liger_kernel"] = args.use_liger_kernel
+    for name in (name for name, value in asked.items() if value):
+        instead = "use --bf16 True or leave it out" if name == "fp16" else "leave it out, or add --use_cpu True"
+        raise wrong_usage(f"--{name}: Apple's GPU (MPS) can't do it; {instead}")
+    if processes > 1:
+        raise wrong_usage(
+            "Apple's GPU (MPS) serves one process; start train.py without torchrun, or add --use_cpu True"
+        )
 
 
 def check_precision(bf16: bool, tf32: bool | None, gpu: str, capability: tuple[int, int]) -> None:
@@ -242,10 +305,26 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[ModelArguments, 
         fail("--output_dir is needed: where checkpoints and the tuned model go")
     if values.lora_r < 0 or (values.lora_merge and not values.lora_r):
         fail(f"--lora_r {values.lora_r}: LoRA needs a rank of at least 1, --lora_merge needs LoRA")
+    if values.lora_alpha <= 0 or not 0 <= values.lora_dropout < 1:
+        fail(f"--lora_alpha {values.lora_alpha} --lora_dropout {values.lora_dropout}: alpha above 0, dropout below 1")
+    if not (values.val_size >= 0 and values.show_batch >= 0):
+        fail(f"--val_size {values.val_size:g} --show_batch {values.show_batch}: give 0 or more")
     try:
-        return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+        parsed = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+        check_evaluation(parsed[2], values.val_size)
+        return parsed
     except (ValueError, ImportError) as error:  # the library's own checks of its flags
         fail(" ".join(str(error).split()))
+
+
+def check_evaluation(args: TrainingArguments, val_size: float) -> None:
+    """Raise ExpectedError (exit 2) where evaluations are wanted, or the best model, with nothing to go by."""
+    needs = [("eval_strategy", args.eval_strategy.value, "no"), ("eval_on_start", args.eval_on_start, False)]
+    for name, value, off in needs:
+        if value != off and not val_size:
+            raise wrong_usage(f"--{name} {value} needs examples to evaluate on: give --val_size, such as 500 or 0.01")
+    if args.save_strategy == "best" and args.eval_strategy == "no":
+        raise wrong_usage("--save_strategy best needs evaluations: give --eval_strategy and --val_size")
 
 
 def describe_unknown(unknown: list[str], known: list[str]) -> str:

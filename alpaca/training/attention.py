@@ -70,7 +70,7 @@ def keeps_examples_apart(config: transformers.PretrainedConfig, attention: str |
             if getattr(small, name, None) is not None:
                 setattr(small, name, value)
         small._attn_implementation = attention
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]):  # the weights are made on the CPU
             torch.manual_seed(0)
             model = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](small).float().eval()
             for parameter in model.parameters():  # none at the 0 or 1 it starts from; so large that mixing would show

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_pt_utils import get_model_param_count
 
-from alpaca.common import ExitCode, ExpectedError, notice
+from alpaca.common import WINDOWS, ExitCode, ExpectedError, notice
 from alpaca.training import checkpoints
 from alpaca.training.processes import gather_from_all_ranks, is_running, once_for_all_ranks, processes_beside_this
 
@@ -56,25 +56,36 @@ class ShardingCheck(TrainerCallback):
 
 
 class SpaceCheck(TrainerCallback):
-    """Raises before the first step when the disk can't take the checkpoints and the model that the run will save."""
+    """Raises before the first step when the disk can't take one checkpoint and the model, and says when it may not take
+    all checkpoints: how many those will be, and how large with other optimizers than Adam, is not known for certain."""
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         total = get_model_param_count(model)
         trained = get_model_param_count(model, trainable_only=True)
         word = next(model.parameters()).element_size()  # bytes
         saved = trained if hasattr(model, "peft_config") else total
-        # Sharded runs keep the weights twice, as shards to resume from and as a model. Adam keeps two states.
-        checkpoint = word * (saved * (2 if args.fsdp or args.deepspeed else 1) + 2 * trained)
-        sizes = (checkpoint, word * total, saves_to_come(args, state), args.save_total_limit)
+        # Sharded runs keep the weights twice, as shards to resume from and as a model.
+        checkpoint = word * saved * (2 if args.fsdp or args.deepspeed else 1)
+        if not args.save_only_model:
+            checkpoint += trained * state_bytes(args.optim, word)
+        sizes = (checkpoint, word * saved, saves_to_come(args, state), args.save_total_limit)
         once_for_all_ranks(lambda: checkpoints.check_space(args.output_dir, *sizes))
 
 
+def state_bytes(optim: str, word: int) -> int:
+    """At least so many bytes of optimizer state a trained weight: for Adam two of the weight's size, a byte each in
+    8-bit forms; for Adafactor, SGD and what is not known none."""
+    if not re.match("adamw_(torch|apex)(?!_[48]bit)|paged_adamw_32bit|adamw_hf", optim):
+        return 2 if re.search("adamw.*8bit", optim) else 0
+    return 2 * word
+
+
 def saves_to_come(args: Any, state: Any) -> int:
-    """How many checkpoints this run will still write, its last one included."""
+    """How many checkpoints this run will still write, its last one included. Of those of "best" one is certain."""
     epoch = math.ceil(state.max_steps / state.num_train_epochs)  # steps
-    best = state.eval_steps if args.eval_strategy == "steps" else epoch
-    every = {"steps": state.save_steps, "epoch": epoch, "best": best}.get(args.save_strategy)
-    return math.ceil((state.max_steps - state.global_step) / max(1, every)) if every else 0
+    left = state.max_steps - state.global_step
+    every = {"steps": state.save_steps, "epoch": epoch, "best": left}.get(args.save_strategy)
+    return math.ceil(left / max(1, every)) if every else 0
 
 
 class ProgressBar(ProgressCallback):
@@ -101,6 +112,9 @@ class Preemption:
 
     def start(self, peers: list[int]) -> None:
         """`peers`: the process ids that end this process by ending."""
+        if WINDOWS:  # where no one sends SIGTERM
+            self._over.set()
+            return
         signals, self._wakeup = os.pipe()
         os.set_blocking(self._wakeup, False)
         signal.signal(signal.SIGTERM, lambda *_: None)  # a handler, or the pipe would get no byte
@@ -197,14 +211,20 @@ class StepWatch(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.micro_batches.clear()
         if self.stop_now:
-            control.should_save = control.should_training_stop = True
+            control.should_training_stop = True
+            control.should_save = False  # the Trainer saves when this step's evaluation is over
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.stop_now and not float(state.epoch).is_integer():  # the library calls it the epoch's end all the same
+            control.should_evaluate = control.should_save = control.should_log = False
 
     def on_save(self, args, state, control, **kwargs):
         self.counted_until = time.perf_counter()  # saving is no part of tokens/s
 
     on_evaluate = on_save
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def end(self, args, state) -> None:
+        """After the last step: all ranks agree whether this end is one that SIGTERM asked for, with all steps saved."""
         asked = torch.tensor(int(self.preemption.asked), device=args.device)
         if args.world_size > 1:
             dist.all_reduce(asked)

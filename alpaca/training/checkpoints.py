@@ -2,7 +2,7 @@
 
     out/checkpoint-500/…     all that resuming needs, and manifest.json
     out/config.json, model*.safetensors, tokenizer*, …, manifest.json     the final model
-    out/run.json             what the run was: arguments, versions, commit, data
+    out/run.json             what the run was (run_record.py)
 
 A manifest names every file of its directory with size and hash. It is written last, when the files are on the disk, so
 a directory without one, or one whose files differ from it, is not used. The hashes (xxh3-128, about 10 GB/s a core)
@@ -12,25 +12,24 @@ find damage; they are no signature.
 import contextlib
 import json
 import os
-import platform
 import re
 import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import xxhash
 from tqdm import tqdm
 
-from alpaca.common import ROOT, ExitCode, ExpectedError, disk_problem, jdump, notice, sync_directory
-from alpaca.weights.files import CARRIED_FILES, WEIGHT_FILES, sha256_of_file
+from alpaca.common import ExitCode, ExpectedError, disk_problem, jdump, notice, sync_directory
+from alpaca.training.run_record import RUN, check_identity
+from alpaca.weights.files import CARRIED_FILES, WEIGHT_FILES
 
 MANIFEST = "manifest.json"
+MERGED = "merged"
 STAGED = ".model-being-saved"  # lies in the output directory, so that renaming moves files out of it
 OTHER_MODEL_FILES = re.compile(r"training_args\.bin|adapter_.*|weight_diff\.json")
 _CONFIGS = ("config.json", "adapter_config.json")  # without which a model, or an adapter, does not load
@@ -156,13 +155,15 @@ def finish_checkpoint(directory: Path, limit: int | None, best: str | None, **fa
         remove_checkpoint(path)
 
 
-def find_checkpoint(resume: str | bool | None, output_dir: str | os.PathLike, sharding: str) -> str | None:
+def find_checkpoint(
+    resume: str | bool | None, output_dir: str | os.PathLike, sharding: str, identity: dict[str, Any] | None = None
+) -> str | None:
     """The directory that --resume_from_checkpoint means: None for a start from the beginning.
 
     `resume` is a path, True (the newest one), or "last" (the newest one if there is any). Those that are incomplete or
     damaged are named and skipped. `sharding` is how this run shards ("none", "fsdp", "deepspeed"), which says how a
-    checkpoint's optimizer state is laid out. Raises ExpectedError: exit 7 for a damaged path, 2 for one that this run
-    can't use.
+    checkpoint's optimizer state is laid out, and `identity` what this run trains on what (`identity_of`). Raises
+    ExpectedError: exit 7 for a damaged path, 2 for one that this run can't use.
     """
     if resume in (None, False, "False", "false"):
         if present := checkpoints_in(output_dir):
@@ -179,7 +180,7 @@ def find_checkpoint(resume: str | bool | None, output_dir: str | os.PathLike, sh
         except ExpectedError as error:
             hint = "--resume_from_checkpoint last takes the newest whole one"
             raise ExpectedError(f"{error}; {hint}", ExitCode.INTEGRITY)
-        return _usable(Path(resume), manifest, sharding)
+        return _usable(Path(resume), manifest, sharding, identity)
     manifests = {}
     for path in checkpoints_in(output_dir):
         try:
@@ -192,7 +193,7 @@ def find_checkpoint(resume: str | bool | None, output_dir: str | os.PathLike, sh
         except ExpectedError as error:
             notice(f"{error}; skipped")
         else:
-            return _usable(path, manifest, sharding)
+            return _usable(path, manifest, sharding, identity)
     if resume != "last":
         what = f"--resume_from_checkpoint {resume}: {output_dir} has no whole checkpoint"
         raise _wrong_usage(f"{what}; last would start from the beginning")
@@ -204,7 +205,7 @@ def _wrong_usage(message: str) -> ExpectedError:
     return ExpectedError(message, ExitCode.USAGE)
 
 
-def _usable(directory: Path, manifest: dict[str, Any], sharding: str) -> str:
+def _usable(directory: Path, manifest: dict[str, Any], sharding: str, identity: dict[str, Any] | None) -> str:
     flags = {"none": "neither --fsdp nor --deepspeed", "fsdp": "--fsdp", "deepspeed": "--deepspeed"}
     if (saved := manifest.get("sharding")) not in flags:
         raise _wrong_usage(f"{directory} holds a model and no training state; give a checkpoint-N")
@@ -214,6 +215,8 @@ def _usable(directory: Path, manifest: dict[str, Any], sharding: str) -> str:
     if saved != sharding:
         what = f"{directory} was saved with {flags[saved]} and this run has {flags[sharding]}"
         raise _wrong_usage(f"{what}; its optimizer state only loads with the same")
+    if identity:
+        check_identity(directory, manifest.get("identity", {}), identity)
     if manifest["processes"] != (now := int(os.environ.get("WORLD_SIZE", "1"))):
         notice(
             f"{directory} was saved by {manifest['processes']} processes and goes on with {now}: the examples of a "
@@ -231,6 +234,45 @@ def stage_model(output_dir: str | os.PathLike) -> str:
     return str(staged)
 
 
+def check_own(output_dir: str | os.PathLike) -> None:
+    """Raise ExpectedError (exit 2) when the model to be saved would take the place of one of the user's own."""
+    output_dir = Path(output_dir)
+    if (output_dir / RUN).exists() or (output_dir / MANIFEST).exists():
+        return
+    for directory in (output_dir, output_dir / MERGED):
+        if foreign := sorted(_model_files(directory)):
+            raise _wrong_usage(
+                f"--output_dir {output_dir}: {directory} holds {', '.join(foreign[:3])}, which no run of train.py "
+                "saved there and which this one would replace; choose another directory, or move them away"
+            )
+
+
+def _model_files(directory: Path) -> set[str]:
+    names = os.listdir(directory) if directory.is_dir() else ()
+    return {name for name in names for kind in (CARRIED_FILES, WEIGHT_FILES, OTHER_MODEL_FILES) if kind.fullmatch(name)}
+
+
+def remove_model(directory: Path, new: Iterable[str] = ()) -> None:
+    """Remove a model, so that nothing loads while a part of it is there, and what is in the way of the `new` names."""
+    old = _model_files(directory)
+    try:
+        old |= {Path(name).parts[0] for name in read_manifest(directory)["files"]}
+    except ExpectedError:
+        pass  # the old model, if any, was not saved by this script
+    for name in sorted({MANIFEST}.union(old, new), key=lambda name: (name != MANIFEST, name not in _CONFIGS, name)):
+        path = directory / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def remove_merged(output_dir: str | os.PathLike) -> None:
+    """Remove the merged model of an earlier run's adapters, and nothing that others put beside it."""
+    merged = Path(output_dir, MERGED)
+    if (merged / MANIFEST).exists():
+        remove_model(merged)
+        with contextlib.suppress(OSError):  # something else is in there
+            merged.rmdir()
+
+
 def publish_model(output_dir: str | os.PathLike) -> None:
     """Put the staged model in the place of the one in the output directory.
 
@@ -242,20 +284,8 @@ def publish_model(output_dir: str | os.PathLike) -> None:
     staged = output_dir / STAGED
     with writing(staged):
         write_manifest(staged)
-    old = {
-        path.name
-        for path in output_dir.iterdir()
-        for names in (CARRIED_FILES, WEIGHT_FILES, OTHER_MODEL_FILES)
-        if names.fullmatch(path.name)
-    }
-    try:
-        old |= {Path(name).parts[0] for name in read_manifest(output_dir)["files"]}
-    except ExpectedError:
-        pass  # the old model, if any, was not saved by this script
     new = {path.name for path in staged.iterdir()}
-    for name in sorted(old | new, key=lambda name: (name != MANIFEST, name not in _CONFIGS, name)):
-        path = output_dir / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    remove_model(output_dir, new)
     sync_directory(output_dir)
     for name in sorted(new, key=lambda name: (name == MANIFEST, name in _CONFIGS, name)):
         if name == MANIFEST:
@@ -266,65 +296,25 @@ def publish_model(output_dir: str | os.PathLike) -> None:
 
 
 def check_space(output_dir: str | os.PathLike, checkpoint: int, model: int, to_come: int, limit: int | None) -> None:
-    """Raise ExpectedError (exit 8) when the disk can't take what a run will save. Sizes in bytes.
+    """Raise ExpectedError (exit 8) when the disk can't take a first checkpoint and the model; say it when it may not
+    take all that a run will save. Sizes in bytes.
 
     A new checkpoint is complete before an old one goes, so `limit` of them need room for one more. Those that are
     there already have theirs.
     """
     there = len(checkpoints_in(output_dir))
     at_once = min(to_come, max(1, limit + 1 - there)) if limit else to_come
-    needed, free = at_once * checkpoint + model, shutil.disk_usage(output_dir).free
-    if needed > free:
-        raise ExpectedError(
+    free = shutil.disk_usage(output_dir).free
+    for number in sorted({min(1, at_once), at_once}):
+        needed = number * checkpoint + model
+        if needed <= free:
+            continue
+        what = (
             f"{output_dir} has {free / GIB:.1f} GiB free, and this run will need about {needed / GIB:.1f}: "
-            f"{at_once} checkpoints of {checkpoint / GIB:.2f} GiB and a model of {model / GIB:.2f}. Free some space, "
-            "save less often (--save_steps), keep fewer (--save_total_limit), or choose another directory",
-            ExitCode.DISK,
+            f"{number} checkpoint{'s' * (number != 1)} of {checkpoint / GIB:.2f} GiB and a model of {model / GIB:.2f}. "
+            "Free some space, save less often (--save_steps), keep fewer (--save_total_limit), or choose another "
+            "directory"
         )
-
-
-def record_run(
-    model_args: Any, data_args: Any, training_args: Any, dataset: Any, parameters: int, resumed_from: str | None
-) -> None:
-    """Write run.json, which says what a run was. `dataset` is the SupervisedDataset that is trained on."""
-    versions = {"python": platform.python_version()}
-    for name in ("torch", "transformers", "accelerate", "deepspeed", "peft", "tokenizers", "safetensors", "numpy"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            pass
-    texts, rows = dataset.texts, dataset.rows
-    trained_on = texts.lengths[rows] - texts.prompt_lengths[rows]
-    data_path = data_args.data_path
-    facts = {
-        "arguments": {**vars(model_args), **vars(data_args), **training_args.to_dict()},
-        "resumed_from": resumed_from,
-        "data": {
-            "path": data_path,
-            "sha256": sha256_of_file(data_path) if os.path.isfile(data_path) else None,  # a Hub data set has none
-            "records": len(texts.lengths),
-            "left_out": len(dataset.dropped),
-            "examples": len(rows),  # trained on; those of --val_size are not among them
-            "tokens": int(texts.lengths[rows].sum()),  # an epoch's
-            "label_tokens": int(trained_on.sum()),  # of these, those that are learnt
-        },
-        "parameters": parameters,
-        "processes": training_args.world_size,
-        "versions": versions,
-        "git": _git_state(),
-    }
-    jdump(facts, os.path.join(training_args.output_dir, "run.json"))
-
-
-def _git_state() -> dict[str, Any] | None:
-    """{"commit", "changed": files that differ from it}, or None where this is no git checkout."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", os.fspath(ROOT), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no").splitlines()
-        return {"commit": git("rev-parse", "HEAD").strip(), "changed": [line[3:] for line in changed]}
-    except (OSError, subprocess.SubprocessError):
-        return None
+        if number <= 1:
+            raise ExpectedError(what, ExitCode.DISK)
+        notice(what)

@@ -8,9 +8,10 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from alpaca.common import ExitCode, ExpectedError, notice
 from alpaca.training.arguments import TrainingArguments
-from alpaca.training.checkpoints import publish_model, stage_model, writing
+from alpaca.training.checkpoints import MERGED, publish_model, stage_model, writing
 from alpaca.training.flags import ModelArguments
 from alpaca.training.models import load_model
+from alpaca.training.special_tokens import resize_embeddings
 
 
 def add_adapters(model: Any, model_args: ModelArguments, seed: int) -> Any:
@@ -46,8 +47,9 @@ def merge_adapters(model_args: ModelArguments, training_args: TrainingArguments,
     from peft import PeftModel
 
     unset_hf_deepspeed_config()  # ZeRO-3 would shard what is loaded
-    directory = Path(training_args.output_dir, "merged")
+    directory = Path(training_args.output_dir, MERGED)
     model = load_model(model_args, training_args)
+    resize_embeddings(model, tokenizer, 0)  # as before training
     model = PeftModel.from_pretrained(model, training_args.output_dir).merge_and_unload()
     staged = stage_model(directory)
     with writing(staged):

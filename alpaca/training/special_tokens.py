@@ -46,8 +46,10 @@ def resize_embeddings(model: Any, tokenizer: Any, num_new_tokens: int) -> None:
     A matrix that already has rows to spare (OPT pads its own to a round number) keeps its size. Tied input and output
     embeddings are one matrix, and the second assignment changes nothing.
     """
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        num_new_tokens = max(num_new_tokens, len(tokenizer) - rows)  # also a [PAD] that only the tokenizer had
     if num_new_tokens == 0:
         return
     first = len(tokenizer) - num_new_tokens

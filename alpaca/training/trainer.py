@@ -7,6 +7,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from transformers import ProgressCallback, Trainer
+from transformers.trainer_utils import SaveStrategy
 
 from alpaca.common import notice
 from alpaca.data.examples import IGNORE_INDEX
@@ -22,7 +23,7 @@ class AlpacaTrainer(Trainer):
     """The Trainer, with the examples of each optimizer step regrouped into micro-batches of equal token counts, steps
     that are checked before they change the weights, and saves that are whole or absent."""
 
-    def __init__(self, *args, balance_tokens: bool, **kwargs):
+    def __init__(self, *args, balance_tokens: bool, identity: dict[str, Any] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.args.remove_unused_columns = False  # "record" is for the collator, which asks for no more than it needs
         self.data_collator.with_records = True
@@ -37,6 +38,8 @@ class AlpacaTrainer(Trainer):
             self.neftune_noise_alpha = None  # the library's own, which takes the row for one example
         self._say_what_routers_add()
         self.balance_tokens = balance_tokens
+        self.identity = identity or {}  # of the run, for the checkpoints' manifests
+        self._saved_step = -1  # that of the newest checkpoint which this process wrote
         self.watch = StepWatch()
         for callback in (ShardingCheck(), SpaceCheck(), self.watch):
             self.add_callback(callback)
@@ -131,9 +134,27 @@ class AlpacaTrainer(Trainer):
     def log(self, logs, start_time=None):
         super().log({**logs, **self.watch.figures()} if "loss" in logs else logs, start_time)
 
-    def _run_epoch(self, **kwargs):
-        if self.state.global_step < self.state.max_steps:  # not so when a finished run is started again
-            super()._run_epoch(**kwargs)
+    def _run_epoch(self, model, trial, **kwargs):
+        if self.state.global_step >= self.state.max_steps:  # a finished run is started again
+            return
+        super()._run_epoch(model=model, trial=trial, **kwargs)
+        # Whatever --save_strategy is, a run that SIGTERM stops is saved. "best" saves the last step too: a finished run
+        # that is started again would otherwise train from its best step to the end once more.
+        over = self.state.global_step >= self.state.max_steps and self.args.save_strategy == SaveStrategy.BEST
+        if (self.watch.stop_now or over) and self._saved_step != self.state.global_step:
+            self._save_checkpoint(model, trial)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def _finalize_training(self, *arguments):
+        """What the library does at the end, less what would undo a preemption or the newest checkpoint: the best model
+        is the result of a finished run only, and the checkpoint beside the best one is how a run is known as finished.
+        """
+        self.watch.end(self.args, self.state)
+        self.args.load_best_model_at_end &= not self.watch.preempted
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        outcome = super()._finalize_training(*arguments)
+        self.args.save_total_limit = limit
+        return outcome
 
     def _save_checkpoint(self, model, trial):
         directory = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
@@ -153,8 +174,10 @@ class AlpacaTrainer(Trainer):
                     sharding=self.args.sharding,
                     processes=self.args.world_size,
                     has_optimizer=not self.args.save_only_model,
+                    identity=self.identity,
                 )
         self.accelerator.wait_for_everyone()
+        self._saved_step = self.state.global_step
 
     def save_model(self, output_dir=None, _internal_call=False):
         """The final model takes an older one's place as a whole; what has a directory of its own is saved there."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from alpaca.common import ExitCode, ExpectedError, jdump, sync_directory
+from alpaca.common import ExitCode, ExpectedError, jdump, keep_inputs, sync_directory
 from alpaca.weights.files import CARRIED_FILES, DTYPE_BYTES, WEIGHT_FILES
 
 SMALL_FILES_BYTES = 16 * 2**20  # config, tokenizer, manifest
@@ -113,10 +113,8 @@ class ShardWriter:
 
 def check_output(path: Any, flag: str, inputs: dict[str, Path], overwrite: bool) -> Path:
     """The real path of a directory that may be written: not an input, and empty unless `overwrite`."""
+    keep_inputs({flag: path}, inputs)
     output = Path(str(path)).resolve()
-    for name, directory in inputs.items():
-        if output == directory or (output.exists() and output.samefile(directory)) or output in directory.parents:
-            raise ExpectedError(f"--{flag} {path}: is or holds --{name}; choose another directory", ExitCode.USAGE)
     if not output.exists():
         return output
     if not output.is_dir():

@@ -116,7 +116,7 @@ def test_a_directory_that_lacks_something_is_named(llama, tmp_path, monkeypatch,
     assert "no weights" in refused(copy_without(llama, tmp_path / "weightless", "model.safetensors"))
     assert "no tokenizer" in refused(copy_without(llama, tmp_path / "mute", "tokenizer.json", "tokenizer.model"))
     assert "can't be loaded" in refused("no/such-model")
-    assert "can't be loaded" in refused(tmp_path / "missing")
+    assert "does not exist" in refused(tmp_path / "missing")
 
     half = copy_without(llama, tmp_path / "half", "model.safetensors")
     state = safetensors.torch.load_file(llama / "model.safetensors")

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import data_report
-from alpaca.common import ExitCode, ExpectedError
+from alpaca.common import ExitCode, ExpectedError, make_output_directory
 from tests.conftest import ROOT, error_line, run
 from tests.report.conftest import EXAMPLES, SPACY_MODEL, rows, save
 
@@ -77,7 +77,9 @@ def test_no_input_is_written_over(tmp_path, monkeypatch):
     path = save(tmp_path / "report.json", rows("Write a poem."))
     before = path.read_bytes()
     monkeypatch.setattr("sys.argv", ["data_report.py", "--data_path", str(path), "--output_dir", str(tmp_path)])
-    with pytest.raises(ExpectedError, match=r"report\.json is to be written and is also read") as caught:
+    with pytest.raises(
+        ExpectedError, match=r"report\.json is --data_path .*, which is read; choose another --output_dir"
+    ) as caught:
         data_report.main()
     assert caught.value.exit_code == ExitCode.USAGE
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
@@ -121,5 +123,5 @@ def test_a_wrong_tokenizer_is_named_by_its_flag(tmp_path):
 def test_an_unwritable_directory_is_found_before_the_work(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ExpectedError, match="--output_dir") as caught:
-        data_report.prepare_directory(str(tmp_path / "file"))
+        make_output_directory(tmp_path / "file", "output_dir")
     assert caught.value.exit_code == ExitCode.DISK

@@ -42,6 +42,27 @@ def examples(few_records, tokenizer):
     return SupervisedDataset(str(few_records), tokenizer)
 
 
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A LLaMA of one layer: saving it takes as long as a step."""
+    directory = tmp_path_factory.mktemp("base")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(ROOT / "configs" / "llama_tiny")
+    tokenizer.save_pretrained(directory)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    transformers.set_seed(0)
+    config = transformers.LlamaConfig(vocab_size=len(tokenizer), **shape, attention_dropout=0.1)
+    transformers.LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "few.json"
+    records = json.loads((ROOT / "alpaca_data.json").read_text())
+    path.write_text(json.dumps(sorted(records, key=lambda record: len(str(record)))[:34]))
+    return path
+
+
 def tiny(tokenizer, kind="llama", attention="sdpa", dtype=torch.float32):
     """A model of two narrow layers whose random weights are so large that a wrong token would show."""
     sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

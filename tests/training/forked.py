@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,3 +111,65 @@ def train_sharded(report, *flags):
     torch.set_num_threads(1)
     sys.argv = ["fsdp_on_cpu.py", *map(str, flags)]
     runpy.run_path(str(ROOT / "tests" / "training" / "fsdp_on_cpu.py"), run_name="__main__")
+
+
+def train_and_be_stopped(step, *flags):
+    """train.py that gets SIGTERM while it computes the step after `step` - 1."""
+    import signal
+
+    from alpaca.training.callbacks import StepWatch
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            while not self.preemption.asked:
+                time.sleep(0.01)
+
+    StepWatch.on_step_begin = on_step_begin
+    train(*flags)
+
+
+def train_at_home(home, *flags):
+    """train.py in a working directory of each rank's own, as on machines that share no disk."""
+    directory = Path(home, os.environ["RANK"])
+    directory.mkdir()
+    os.chdir(directory)
+    train(*flags)
+
+
+def train_with_little_memory(*flags):
+    """train.py on a machine without the memory for what its first step asks for."""
+    import resource
+
+    import torch
+
+    from alpaca.training.callbacks import StepWatch
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + 2**28
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        torch.empty(2**29)
+
+    StepWatch.on_step_begin = on_step_begin
+    train(*flags)
+
+
+def train_without_unix(*flags):
+    """train.py on a system without fcntl, fchmod, directories that can be synced, and wake-up pipes."""
+    sys.modules["fcntl"] = None
+    del os.fchmod, os.pwrite
+    from alpaca import common
+    from alpaca.training import callbacks, checkpoints
+
+    callbacks.WINDOWS = common.WINDOWS = True
+    checkpoints.sync_directory = common.sync_directory
+    train(*flags)
+
+
+def train_on_a_small_disk(free, *flags):
+    """train.py on a disk that says it has `free` bytes left."""
+    import shutil
+
+    usage = shutil.disk_usage("/")._replace(free=free)
+    shutil.disk_usage = lambda path: usage
+    train(*flags)

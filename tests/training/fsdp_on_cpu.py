@@ -13,7 +13,7 @@ from accelerate import state
 from accelerate.utils import DistributedType
 
 import train
-from alpaca.common import run_main
+from alpaca.training.processes import run_rank
 
 plain_init = state.AcceleratorState.__init__
 
@@ -31,4 +31,4 @@ def init(self, *args, fsdp_plugin=None, **kwargs):
 
 
 state.AcceleratorState.__init__ = init
-run_main(train.main)
+run_rank(train.main)

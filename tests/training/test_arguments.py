@@ -15,7 +15,7 @@ from alpaca.common import ExpectedError
 from alpaca.training import arguments
 from alpaca.training.arguments import check_precision, correct_layer_names, parse_arguments
 
-NEEDED = ["--data_path", "x.json", "--output_dir", "out"]
+NEEDED = ["--data_path", "x.json", "--output_dir", "out", "--val_size", "5"]
 
 
 def parse(*flags):
@@ -98,6 +98,36 @@ def test_agreement_of_old_and_new_spelling_is_fine():
         (["--evaluation_strategy", "never"], "never"),
         (["--fp16", "True", "--bf16", "True", "--optim", "no_such"], "no_such"),
         (["--dtype", "int8"], "int8"),
+        (["--fsdp", "full_shard", "--fsdp_config", "[" * 100_000], "--fsdp_config"),
+        (["--fsdp", "full_shard", "--fsdp_config", '{"a":' * 100_000], "--fsdp_config"),
+        (["--fsdp", "full_shard", "--fsdp_config", '{"a": 1' + "0" * 5000 + "}"], "--fsdp_config"),
+        (["--val_size", "0", "--eval_strategy", "steps"], "--eval_strategy steps needs examples"),
+        (["--val_size", "0", "--eval_on_start", "True"], "--eval_on_start True needs examples"),
+        (["--save_strategy", "best"], "--save_strategy best needs evaluations"),
+        (["--load_best_model_at_end", "True"], "save and eval strategy"),
+        (["--save_on_each_node", "True"], "a directory that all machines share"),
+        *(
+            ([f"--{name}", value], f"--{name} {value}")
+            for name, value in [
+                ("per_device_train_batch_size", "0"),
+                ("per_device_train_batch_size", "-4"),
+                ("per_device_eval_batch_size", "0"),
+                ("gradient_accumulation_steps", "0"),
+                ("model_max_length", "-1"),
+                ("num_train_epochs", "0.0"),
+                ("num_train_epochs", "nan"),
+                ("max_steps", "0"),
+                ("max_steps", "-2"),
+                ("save_steps", "0.0"),
+                ("logging_steps", "-1.0"),
+                ("eval_steps", "0.0"),
+                ("save_total_limit", "0"),
+                ("learning_rate", "-1.0"),
+                ("lora_alpha", "0.0"),
+                ("val_size", "-1"),
+                ("lora_r", "-1"),
+            ]
+        ),
     ],
 )
 def test_wrong_flags_end_in_one_line(flags, said):
@@ -119,6 +149,33 @@ def test_a_missing_package_is_named_before_anything_is_loaded(flags, package):
     assert refused(*flags).startswith(
         f"{' '.join(flags).removesuffix(' True')} needs the package: pip install {package}"
     )
+
+
+def test_what_apples_gpu_can_not_do_is_refused():
+    """Nothing of it runs here; what is checked is which flags are let through."""
+    args = parse("--bf16", "True")
+    arguments.check_mps(args, 1)
+    for name, value in (("fp16", True), ("tf32", True), ("fsdp", True), ("deepspeed", "x"), ("use_liger_kernel", True)):
+        plain = getattr(args, name)
+        setattr(args, name, value)
+        with pytest.raises(ExpectedError, match=rf"--{name}: Apple's GPU \(MPS\) can't do it"):
+            arguments.check_mps(args, 1)
+        setattr(args, name, plain)
+    with pytest.raises(ExpectedError, match="serves one process"):
+        arguments.check_mps(args, 2)
+
+
+def test_the_last_incomplete_step_may_not_be_all_there_is():
+    args = parse("--dataloader_drop_last", "True", "--per_device_train_batch_size", "4")
+    arguments.check_steps(args, 4)
+    arguments.check_steps(parse("--per_device_train_batch_size", "4"), 3)
+    with pytest.raises(ExpectedError, match="leaves no step: there are 3 examples to train on, and a step takes 4"):
+        arguments.check_steps(args, 3)
+
+
+def test_best_is_chosen_by_the_loss():
+    flags = ("--save_strategy", "best", "--eval_strategy", "epoch")
+    assert parse(*flags).metric_for_best_model == "loss" and parse(*flags).greater_is_better is False
 
 
 def test_needed_flags_are_asked_for():

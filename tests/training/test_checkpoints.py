@@ -124,15 +124,64 @@ def test_a_new_model_leaves_nothing_of_an_old_one(tmp_path):
     checkpoints.verify(tmp_path / "checkpoint-1")
 
 
-def test_the_disk_must_hold_one_checkpoint_more_than_are_kept(tmp_path, monkeypatch):
+def test_the_disk_must_hold_one_checkpoint_more_than_are_kept(tmp_path, monkeypatch, capsys):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     checkpoints.check_space(tmp_path, checkpoint=300, model=100, to_come=50, limit=2)  # 3 × 300 + 100
     checkpoints.check_space(tmp_path, checkpoint=300, model=100, to_come=3, limit=None)
-    for over in ({"model": 101}, {"checkpoint": 301}, {"limit": 3}, {"limit": None}):
+    assert not capsys.readouterr().err
+    for over in ({"model": 101}, {"checkpoint": 301}, {"limit": 3}, {"limit": None}):  # may not fit: said
+        checkpoints.check_space(tmp_path, **{"checkpoint": 300, "model": 100, "to_come": 50, "limit": 2, **over})
+        assert "--save_total_limit" in capsys.readouterr().err
+    for over in ({"model": 701}, {"checkpoint": 901}, {"model": 1001, "to_come": 0}):  # the first does not: refused
         with pytest.raises(ExpectedError, match="--save_total_limit") as raised:
             checkpoints.check_space(tmp_path, **{"checkpoint": 300, "model": 100, "to_come": 50, "limit": 2, **over})
         assert raised.value.exit_code == ExitCode.DISK
     make_checkpoint(tmp_path, 1)
     make_checkpoint(tmp_path, 2)
     checkpoints.check_space(tmp_path, checkpoint=900, model=100, to_come=50, limit=2)  # two have their place already
+
+
+def test_a_run_never_replaces_a_model_that_is_not_its_own(tmp_path):
+    checkpoints.check_own(tmp_path / "new")
+    for directory in (tmp_path / "a", tmp_path / "b" / "merged"):
+        directory.mkdir(parents=True)
+        (directory / "model.safetensors").write_text("the user's own")
+    for name in "ab":
+        with pytest.raises(ExpectedError, match=r"holds model\.safetensors, which no run of train\.py saved") as raised:
+            checkpoints.check_own(tmp_path / name)
+        assert raised.value.exit_code == ExitCode.USAGE
+        (tmp_path / name / "run.json").write_text("{}")  # an earlier run's, perhaps killed while it saved
+        checkpoints.check_own(tmp_path / name)
+
+
+def test_of_a_merged_model_only_its_own_files_are_removed(tmp_path):
+    staged = checkpoints.stage_model(tmp_path / "merged")
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / staged / name).write_text("merged")
+    checkpoints.publish_model(tmp_path / "merged")
+    (tmp_path / "merged" / "model.gguf").write_text("the user's own")
+    checkpoints.remove_merged(tmp_path)
+    assert [path.name for path in (tmp_path / "merged").iterdir()] == ["model.gguf"]
+    (tmp_path / "merged" / "model.safetensors").write_text("the user's own")
+    checkpoints.remove_merged(tmp_path)
+    assert (tmp_path / "merged" / "model.safetensors").exists()
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    identity = {"lora": [8, 16, "all-linear"], "base": "b1", "examples": "e1"}
+    directory = make_checkpoint(tmp_path, 1, identity=identity)
+    find = checkpoints.find_checkpoint
+    for same in (identity, {**identity, "base": None}):  # of a Hub id nothing is known
+        assert find("last", tmp_path, "none", same) == str(directory)
+    for change, said in (
+        ({"lora": [4, 16, "all-linear"]}, r"LoRA rank.*\(\[8, 16, 'all-linear'\], now \[4, 16, 'all-linear'\]\)"),
+        ({"lora": None}, "now no LoRA"),
+        ({"base": "b2"}, "other base model"),
+        ({"examples": "e2"}, "other examples"),
+    ):
+        for resume in ("last", str(directory)):
+            with pytest.raises(ExpectedError, match=said) as raised:
+                find(resume, tmp_path, "none", {**identity, **change})
+            assert raised.value.exit_code == ExitCode.USAGE
+    assert find(str(make_checkpoint(tmp_path, 2)), tmp_path, "none", identity)  # saved before this was recorded

@@ -20,8 +20,10 @@ import transformers
 from alpaca.common import ExpectedError
 from alpaca.data.examples import SupervisedDataset
 from alpaca.training import checkpoints
+from alpaca.training import checkpoints as module
 from alpaca.training.arguments import TrainingArguments
 from alpaca.training.batches import DataCollatorForSupervisedDataset
+from alpaca.training.callbacks import SpaceCheck, saves_to_come
 from alpaca.training.special_tokens import complete_tokenizer
 from tests.conftest import ROOT
 from tests.training import forked
@@ -32,27 +34,6 @@ FLAGS = [
     *("--learning_rate", "1e-3", "--lr_scheduler_type", "cosine", "--warmup_ratio", "0.1", "--logging_steps", 1),
     *("--save_strategy", "steps", "--save_steps", 1, "--save_total_limit", 1, "--resume_from_checkpoint", "last"),
 ]
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory):
-    """A LLaMA of one layer: saving it takes as long as a step."""
-    directory = tmp_path_factory.mktemp("base")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(ROOT / "configs" / "llama_tiny")
-    tokenizer.save_pretrained(directory)
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    transformers.set_seed(0)
-    config = transformers.LlamaConfig(vocab_size=len(tokenizer), **shape, attention_dropout=0.1)
-    transformers.LlamaForCausalLM(config).save_pretrained(directory)
-    return directory
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "few.json"
-    records = json.loads((ROOT / "alpaca_data.json").read_text())
-    path.write_text(json.dumps(sorted(records, key=lambda record: len(str(record)))[:34]))
-    return path
 
 
 @pytest.fixture(scope="session")
@@ -412,12 +393,39 @@ def test_sharded_saves_gather_on_the_cpu_of_the_first_rank_alone(base, data, tmp
 
 
 def test_too_little_space_is_said_before_the_first_step(command, tmp_path):
-    flags = [*command, "--max_steps", 10**9, "--num_train_epochs", 1, "--save_total_limit", 10**9]
-    process = forked.start(forked.train, tmp_path / "log", *flags, "--output_dir", tmp_path / "out")
+    flags = [*command, "--output_dir", tmp_path / "out"]
+    process = forked.start(forked.train_on_a_small_disk, tmp_path / "log", 10**6, *flags)
     process.join()
     said = (tmp_path / "log").read_text()
-    assert process.exitcode == 8 and "GiB free, and this run will need about" in said and "'loss'" not in said
+    assert process.exitcode == 8 and "0.0 GiB free, and this run will need about" in said and "'loss'" not in said
     assert not checkpoints.checkpoints_in(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("flags", "states", "checkpoints"),
+    [
+        (["--optim", "adamw_torch"], 2, 14),
+        (["--optim", "adafactor"], 0, 14),
+        (["--save_only_model", "True"], 0, 14),
+        (["--save_strategy", "no"], 2, 0),
+        (["--save_steps", "5"], 2, 3),
+    ],
+)
+def test_no_more_space_is_asked_for_than_is_surely_needed(flags, states, checkpoints, base, data, tmp_path):
+    sizes = []
+    trainer = trainer_for(base, data, tmp_path, "--save_steps", 1, "--max_steps", 14, *flags)
+    [check] = [c for c in trainer.callback_handler.callbacks if isinstance(c, SpaceCheck)]
+    trainer.state.compute_steps(trainer.args, 14)
+    trainer.state.max_steps, trainer.state.num_train_epochs = 14, 1
+    plain, module.check_space = module.check_space, lambda *arguments: sizes.extend(arguments)
+    try:
+        check.on_train_begin(trainer.args, trainer.state, None, model=trainer.model)
+    finally:
+        module.check_space = plain
+    weights = 4 * trainer.model.num_parameters()
+    assert sizes == [str(tmp_path), weights * (1 + states), weights, checkpoints, None]
+    trainer.args.save_strategy = "best"  # of which one is certain
+    assert saves_to_come(trainer.args, trainer.state) == 1
 
 
 def test_a_full_disk_ends_in_one_line_and_costs_one_save(command, uninterrupted, opt, tmp_path):

@@ -192,7 +192,8 @@ def test_held_out_examples_are_evaluated_after_saving(llama, data, tmp_path):
 def test_what_is_wrong_is_said_before_weights_are_loaded(flags, code, said, llama, data, tmp_path):
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(llama / name, tmp_path)
-    out = tmp_path / "out"
+    (tmp_path / "model.safetensors").write_bytes(b"")  # which can't be loaded
+    out = tmp_path.with_name(f"{tmp_path.name}-out")
     flags = ["--model_name_or_path", tmp_path, "--data_path", data, "--output_dir", out, *flags]
     process = forked.start(forked.train, tmp_path / "log", *flags)
     process.join()
@@ -206,7 +207,7 @@ def test_what_is_wrong_is_said_before_weights_are_loaded(flags, code, said, llam
 def test_bad_data_under_torchrun_is_one_line_and_every_rank_stops(llama, tmp_path):
     (tmp_path / "bad.json").write_text('[{"instruction": 1}]')
     result = run(
-        *("train.py", "--model_name_or_path", llama, "--data_path", tmp_path / "bad.json", "--output_dir", tmp_path),
+        *("train.py", "--model_name_or_path", llama, "--data_path", tmp_path / "bad.json", "--output_dir", "out"),
         processes=2,
         timeout=60,
     )

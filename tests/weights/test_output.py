@@ -34,7 +34,7 @@ def test_output_is_never_an_input(place, monkeypatch, output, overwrite):
     (place / "link_to_parent").symlink_to(".")
     before = tree(place)
     monkeypatch.chdir(place)
-    with pytest.raises(ExpectedError, match="is or holds") as caught:
+    with pytest.raises(ExpectedError, match="which is read") as caught:
         recover("raw", "diff", output, overwrite=overwrite)
     assert caught.value.exit_code == ExitCode.USAGE and tree(place) == before
 
@@ -53,7 +53,7 @@ def test_output_that_exists(place):
     with pytest.raises(ExpectedError, match=r"would delete thesis\.tex") as caught:
         recover(place / "raw", place / "diff", place / "out", overwrite=True)
     assert caught.value.exit_code == ExitCode.USAGE and (place / "out" / "thesis.tex").exists()
-    with pytest.raises(ExpectedError, match="is no directory"):
+    with pytest.raises(ExpectedError, match="lies in --path_raw"):
         recover(place / "raw", place / "diff", place / "raw" / "config.json", overwrite=True)
     (place / "link").symlink_to("elsewhere")
     recover(place / "raw", place / "diff", place / "link")
