@@ -52,6 +52,7 @@ def tiny(tokenizer, kind="llama", attention="sdpa", dtype=torch.float32):
         "word_embed_proj_dim": 32,
         "num_key_value_heads": 2,
         "head_dim": 8,
+        "sliding_window": 16,
     }
     for name, value in narrow.items():
         if hasattr(config, name):
