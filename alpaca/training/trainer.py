@@ -23,6 +23,8 @@ class AlpacaTrainer(Trainer):
     that are checked before they change the weights, and saves that are whole or absent."""
 
     def __init__(self, *args, balance_tokens: bool, **kwargs):
+        if kwargs["args"].device.type == "cuda" and kwargs["args"].dataloader_pin_memory:
+            kwargs["args"].accelerator_config.non_blocking = True  # or each micro-batch waits for the GPU to be copied
         super().__init__(*args, **kwargs)
         self.args.remove_unused_columns = False  # "record" is for the collator, which asks for no more than it needs
         self.data_collator.with_records = True
@@ -89,7 +91,7 @@ class AlpacaTrainer(Trainer):
         if model.training:
             self.watch.add_micro_batch(inputs, records, outcome[0] if return_outputs else outcome)
             if self.is_deepspeed_enabled and self.accelerator.sync_gradients:
-                self.watch.check_step(self.args, self.state, None)  # its backward pass ends with the optimizer's step
+                self._check_step(None)  # its backward pass ends with the optimizer's step
         return outcome
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -124,9 +126,30 @@ class AlpacaTrainer(Trainer):
     def _get_grad_norm(self, model, grad_norm=None):
         """Called between the clipping of gradients and the optimizer's step."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
-        grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
-        self.watch.check_step(self.args, self.state, grad_norm)
+        return self._check_step(grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm)
+
+    def _check_step(self, grad_norm):
+        self.loss_to_log, grad_norm = self.watch.check_step(self.args, self.state, self._tr_loss, grad_norm)
         return grad_norm
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=None
+    ):
+        """The library asks the device for loss, norm and FLOPs one by one; the step's check has brought what it logs.
+
+        FLOPs are added up at every save and at the end.
+        """
+        steps = self.state.global_step - self._globalstep_last_logged
+        if self.control.should_log and steps:
+            tr_loss.zero_()
+            logs = {"loss": self.loss_to_log / steps, "grad_norm": grad_norm}
+            logs["learning_rate"] = self._get_learning_rate() if learning_rate is None else learning_rate
+            self._total_loss_scalar += self.loss_to_log
+            self._globalstep_last_logged = self.state.global_step
+            self.log(logs, start_time)
+        super()._maybe_log_save_evaluate(
+            tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate
+        )
 
     def log(self, logs, start_time=None):
         super().log({**logs, **self.watch.figures()} if "loss" in logs else logs, start_time)

@@ -16,7 +16,8 @@ import itertools, torch
 from alpaca.training.attention import attention_by_example
 lengths = [5, 1, 300, 17, 128, 64]
 bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda")
-for head_dim, groups, window, scaling in [(64, 1, None, None), (128, 4, None, 0.1), (128, 2, 16, None), (256, 8, 4, None)]:
+cases = [(64, 1, None, None), (128, 4, None, 0.1), (128, 2, 16, None), (256, 8, 4, None)]
+for head_dim, groups, window, scaling in cases:
     module = torch.nn.Module()
     module.num_key_value_groups = groups
     torch.manual_seed(0)
