@@ -5,9 +5,9 @@
 Both train all weights in bf16 mixed precision (float32 weights), with fused AdamW and one thread, on the first of the
 shipped examples that have at most 420 characters, --step_examples a step. TRL gets the token ids and labels that
 train.py makes, so that both learn the same tokens; its own settings stay as they are, except that it need not
-recompute activations. It is installed for this alone, into a directory that is removed again. Each way is a process of its own, in
-turn in every round. Processor time, which other work disturbs less than the clock; the first step warms up and is not
-counted. JSON last.
+recompute activations. It is installed for this alone, into a directory that is removed again. Each way is a process of
+its own, in turn in every round. Processor time, which other work disturbs less than the clock; the first step warms up
+and is not counted. JSON last.
 """
 
 import argparse
@@ -124,7 +124,7 @@ def main() -> None:
                 command = [sys.executable, __file__, *sys.argv[1:], "--measure", way, str(data), out]
                 done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
                 if done.returncode:
-                    sys.exit(f"error: {way} failed:\n{done.stderr[-3000:]}")
+                    sys.exit(f"error: {way} failed ({done.returncode}):\n{done.stderr[-3000:]}")
                 results[way].append(json.loads(done.stdout.splitlines()[-1]))
 
     summary = {}
