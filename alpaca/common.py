@@ -56,7 +56,7 @@ def disk_problem(error: BaseException | None) -> str | None:
     """What the system said when a disk was full or unwritable; None for every other error.
 
     Libraries written in Rust, and torch's sharded saves, hand the system's error number on as text. torch.save hands
-    nothing on: whatever the reason, it ends in this one message.
+    nothing on: whatever the reason, it ends in one of these two messages.
     """
     while error is not None:
         number = error.errno if isinstance(error, OSError) else None
@@ -64,7 +64,7 @@ def disk_problem(error: BaseException | None) -> str | None:
             number = int(found.group(1))
         if number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
             return os.strerror(number)
-        if "iostream error" in str(error):
+        if "iostream error" in str(error) or "fail at inline_container" in str(error):
             return "a file can't be written in full"
         error = error.__context__
     return None

@@ -126,6 +126,8 @@ class TrainingArguments(TrainingFlags, transformers.TrainingArguments):
             self.fsdp_transformer_layer_cls_to_wrap = None
         config.setdefault("reshard_after_forward", "shard_grad_op" not in words)
         config.setdefault("cpu_offload", "offload" in words)
+        # The first process of a machine reads the model and sends each its part: not 8 × 27 GB of host memory for 7B.
+        config.setdefault("cpu_ram_efficient_loading", not self.use_cpu)
         self.fsdp, self.fsdp_config = True, config
         if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not self.estimate_memory:
             notice(

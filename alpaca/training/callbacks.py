@@ -144,10 +144,12 @@ class Preemption:
 
 
 class StepWatch(TrainerCallback):
-    """Checks every step before it changes the weights, with one small all-reduce.
+    """Checks every step before it changes the weights, with one small all-reduce and one look at its outcome.
 
     Stops the run when a loss or the gradient norm is not finite, ends it in good order after SIGTERM (`preempted` is
-    then the checkpoint's directory), and counts tokens for the log.
+    then the checkpoint's directory), and counts tokens for the log. The look is the only time in a step that the host
+    waits for the device, so it brings what the log needs too. What it costs: the device idles from the end of the
+    backward pass until the optimizer's first kernels have been launched.
     """
 
     def __init__(self):
@@ -174,17 +176,21 @@ class StepWatch(TrainerCallback):
         self.new_slots += slots
         self.new_tokens += inputs["attention_mask"].sum() if "attention_mask" in inputs else slots
 
-    def check_step(self, args, state, grad_norm: Any) -> None:
+    def check_step(self, args, state, loss: torch.Tensor, grad_norm: Any) -> tuple[float, float | None]:
         """Before the weights change: raises ExpectedError (exit 7) on every rank when they should not.
 
-        `grad_norm` is the same on all ranks; None where it is not known yet.
+        `loss` is this rank's, summed since the last log line; returned as the mean over the ranks. `grad_norm` is the
+        same on all ranks, and returned as a number; None where it is not known yet.
         """
         losses = torch.stack([loss for _, loss in self.micro_batches])
-        counts = [self.preemption.asked, (~losses.isfinite()).sum(), self.new_tokens, self.new_slots]
-        report = torch.stack([torch.as_tensor(count, device=args.device, dtype=torch.int64) for count in counts])
+        counts = [self.preemption.asked, (~losses.isfinite()).sum(), self.new_tokens, self.new_slots, loss]
+        report = torch.stack([self._on_device(count, args.device) for count in counts])
         if args.world_size > 1:
             dist.all_reduce(report)
-        asked, bad_losses, tokens, slots = report.tolist()
+        if grad_norm is not None:
+            report = torch.cat([report, self._on_device(grad_norm, args.device)[None]])
+        asked, bad_losses, tokens, slots, loss, *norm = report.tolist()
+        grad_norm = norm[0] if norm else None
         # fp16's gradients overflow now and then, and its loss scaler leaves out such a step by itself.
         bad_norm = grad_norm is not None and not args.fp16 and not math.isfinite(grad_norm)
         if bad_losses or bad_norm:
@@ -195,6 +201,14 @@ class StepWatch(TrainerCallback):
         now = time.perf_counter()
         self.seconds += now - self.counted_until
         self.counted_until = now
+        return loss / args.world_size, grad_norm
+
+    @staticmethod
+    def _on_device(value: Any, device: torch.device) -> torch.Tensor:
+        """A float32 scalar there; a number is filled in by the device, since copying one would wait for it."""
+        if torch.is_tensor(value):
+            return value.detach().to(device, torch.float32)
+        return torch.full((), float(value), device=device)
 
     def _describe(self, step: int, bad_losses: bool, grad_norm: Any) -> ExpectedError:
         suspects = [records for records, loss in self.micro_batches if not (bad_losses and loss.isfinite())]

@@ -1,6 +1,6 @@
 """What train.py leaves in its output directory, and how that stays whole whenever the run is killed.
 
-    out/checkpoint-500/…     all that resuming needs, and manifest.json
+    out/checkpoint-500/…     all that resuming needs, and manifest.json; under FSDP each rank's part in files of its own
     out/config.json, model*.safetensors, tokenizer*, …, manifest.json     the final model
     out/run.json             what the run was (run_record.py)
 
@@ -34,6 +34,8 @@ STAGED = ".model-being-saved"  # lies in the output directory, so that renaming 
 OTHER_MODEL_FILES = re.compile(r"training_args\.bin|adapter_.*|weight_diff\.json")
 _CONFIGS = ("config.json", "adapter_config.json")  # without which a model, or an adapter, does not load
 GIB = 2**30
+# The rank in the names of torch's distributed checkpoints, of random states, and of DeepSpeed's shards.
+_RANK = re.compile(r"__(\d+)_\d+\.distcp|rng_state_(\d+)\.pth|zero_pp_rank_(\d+)_")
 _PIECE = 2**24  # bytes hashed at a time
 
 
@@ -42,7 +44,7 @@ def writing(directory: str | os.PathLike) -> Iterator[None]:
     """Save into `directory`; when the disk refuses, remove what is there of it and raise ExpectedError (exit 8)."""
     try:
         yield
-    except Exception as error:  # safetensors, tokenizers and torch raise errors of their own
+    except BaseException as error:  # safetensors, tokenizers and torch raise errors of their own, one no Exception
         if not (problem := disk_problem(error)):
             raise
         shutil.rmtree(directory, ignore_errors=True)
@@ -51,24 +53,40 @@ def writing(directory: str | os.PathLike) -> Iterator[None]:
             "--resume_from_checkpoint last goes on from there",
             ExitCode.DISK,
         )
-        if os.environ.get("LOCAL_RANK", "0") != "0":  # the process that speaks for the others need not know of it
+        # The process that speaks for the others need not know of it, unless torch has told them all.
+        if os.environ.get("LOCAL_RANK", "0") != "0" and isinstance(error, Exception):
             print(f"error: {full}", file=sys.stderr, flush=True)
         raise full
 
 
-def write_manifest(directory: str | os.PathLike, **facts: Any) -> None:
-    """Declare a directory complete: every file in it is synced, hashed, and named beside `facts` in its manifest."""
+def write_manifest(directory: str | os.PathLike, files: dict[str, Any] | None = None, **facts: Any) -> None:
+    """Declare a directory complete: every file in it is synced, hashed, and named beside `facts` in its manifest.
+
+    `files` are those of `describe_files`, where the ranks have done so already.
+    """
     directory = Path(directory)
-    paths = sorted(path for path in directory.rglob("*") if path.is_file() and path != directory / MANIFEST)
-    digests = _hash_all(paths, f"manifest of {directory.name}", sync=True)
-    for folder in {path.parent for path in paths} | {directory.parent}:
+    files = describe_files(directory) if files is None else files
+    for folder in {(directory / name).parent for name in files} | {directory.parent}:
         sync_directory(folder)
-    files = {
+    body = {**facts, "saved_at_ns": time.time_ns(), "files": files}
+    jdump({**body, "manifest_xxh3_128": _hash_of(body)}, directory / MANIFEST, indent=1)
+
+
+def describe_files(directory: Path, rank: int = 0, ranks: int = 1) -> dict[str, Any]:
+    """Sync and hash the files of a directory that are this rank's, by name: those whose name has its number, and what
+    has no rank's is the first one's."""
+
+    def is_own(path: Path) -> bool:
+        number = _RANK.search(path.name)
+        owner = int(number.group(number.lastindex)) if number else 0
+        return path.is_file() and path != directory / MANIFEST and (owner if owner < ranks else 0) == rank
+
+    paths = sorted(path for path in directory.rglob("*") if is_own(path))
+    digests = _hash_all(paths, f"manifest of {directory.name}", sync=True)
+    return {
         str(path.relative_to(directory)): {"size": path.stat().st_size, "xxh3_128": digest}
         for path, digest in zip(paths, digests, strict=True)
     }
-    body = {**facts, "saved_at_ns": time.time_ns(), "files": files}
-    jdump({**body, "manifest_xxh3_128": _hash_of(body)}, directory / MANIFEST, indent=1)
 
 
 def _hash_all(paths: list[Path], title: str, sync: bool = False) -> list[str]:
@@ -140,12 +158,14 @@ def remove_checkpoint(directory: Path) -> None:
     shutil.rmtree(directory, ignore_errors=True)
 
 
-def finish_checkpoint(directory: Path, limit: int | None, best: str | None, **facts: Any) -> None:
+def finish_checkpoint(
+    directory: Path, limit: int | None, best: str | None, files: dict[str, Any] | None = None, **facts: Any
+) -> None:
     """Declare a checkpoint complete, and only then remove what `limit` (--save_total_limit) leaves no room for.
 
     It and the `best` one stay. Of the others those without a manifest go first, then the oldest.
     """
-    write_manifest(directory, **facts)
+    write_manifest(directory, files, **facts)
     if not limit or limit < 0:
         return
     keep = {directory} | ({Path(best)} if best else set())

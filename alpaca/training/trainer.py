@@ -1,5 +1,7 @@
 """The Hugging Face Trainer with this project's batches, checks and saves."""
 
+import contextlib
+from collections import ChainMap
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +11,33 @@ from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from transformers import ProgressCallback, Trainer
 from transformers.trainer_utils import SaveStrategy
 
-from alpaca.common import notice
+from alpaca.common import ExitCode, ExpectedError, notice
 from alpaca.data.examples import IGNORE_INDEX
 from alpaca.training.batches import BalancedBatchSampler, DataCollatorWithoutPadding
 from alpaca.training.callbacks import ProgressBar, ShardingCheck, SpaceCheck, StepWatch
-from alpaca.training.checkpoints import finish_checkpoint, publish_model, remove_checkpoint, stage_model, writing
+from alpaca.training.checkpoints import (
+    describe_files,
+    finish_checkpoint,
+    publish_model,
+    remove_checkpoint,
+    stage_model,
+    writing,
+)
 from alpaca.training.loss import use_lean_loss
 from alpaca.training.noise import add_noise_by_example
 from alpaca.training.processes import gather_from_all_ranks, once_for_all_ranks
+
+WHOLE, IN_PARTS = "FULL_STATE_DICT", "SHARDED_STATE_DICT"  # FSDP's layouts of a checkpoint
+
+
+def layout_of(checkpoint: str) -> str:
+    """How FSDP wrote a checkpoint: whole by the first rank, as this project did at first, or in parts."""
+    return WHOLE if Path(checkpoint, "pytorch_model_fsdp.bin").exists() else IN_PARTS
+
+
+def _set_layout(plugin: Any, layout: Any) -> None:
+    plugin.state_dict_config = plugin.optim_state_dict_config = None  # those of the layout before
+    plugin.set_state_dict_type(layout)
 
 
 class AlpacaTrainer(Trainer):
@@ -24,6 +45,8 @@ class AlpacaTrainer(Trainer):
     that are checked before they change the weights, and saves that are whole or absent."""
 
     def __init__(self, *args, balance_tokens: bool, identity: dict[str, Any] | None = None, **kwargs):
+        if kwargs["args"].device.type == "cuda" and kwargs["args"].dataloader_pin_memory:
+            kwargs["args"].accelerator_config.non_blocking = True  # or each micro-batch waits for the GPU to be copied
         super().__init__(*args, **kwargs)
         self.args.remove_unused_columns = False  # "record" is for the collator, which asks for no more than it needs
         self.data_collator.with_records = True
@@ -45,6 +68,49 @@ class AlpacaTrainer(Trainer):
             self.add_callback(callback)
         if self.pop_callback(ProgressCallback):
             self.add_callback(ProgressBar())
+        if self.is_fsdp_enabled:
+            self._read_fsdp_plugin()
+
+    def _read_fsdp_plugin(self) -> None:
+        """Checkpoints that every rank writes its own part of, unless --fsdp_config says otherwise. Adapters are small,
+        and a model that nothing will go on from (--save_only_model) has to load as one."""
+        plugin = self.accelerator.state.fsdp_plugin
+        persistent = {name for name, _ in self.model.named_buffers()} & set(self.model.state_dict())
+        if plugin.cpu_ram_efficient_loading and persistent:
+            raise ExpectedError(
+                f"this model's buffer {min(persistent)} can't be sent to other processes; add --fsdp_config "
+                "'{\"cpu_ram_efficient_loading\": false}', with which each process loads the whole model first",
+                ExitCode.USAGE,
+            )
+        in_parts = not (hasattr(self.model, "peft_config") or self.args.save_only_model)
+        if in_parts and "state_dict_type" not in self.args.fsdp_config:
+            _set_layout(plugin, IN_PARTS)
+
+    @contextlib.contextmanager
+    def _fsdp_layout(self, layout):
+        """Save or load like this for a while. Does nothing without FSDP."""
+        if not self.is_fsdp_enabled:
+            yield
+            return
+        plugin = self.accelerator.state.fsdp_plugin
+        before = plugin.state_dict_type
+        _set_layout(plugin, layout)
+        try:
+            yield
+        finally:
+            _set_layout(plugin, before)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        with self._fsdp_layout(layout_of(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with self._fsdp_layout(layout_of(checkpoint)) if checkpoint else contextlib.nullcontext():
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_best_model(self):
+        with self._fsdp_layout(layout_of(self.state.best_model_checkpoint)):
+            super()._load_best_model()
 
     def get_train_dataloader(self) -> DataLoader:
         """The Trainer's order of examples, cut into steps as it cuts them; only the micro-batches are others."""
@@ -92,7 +158,7 @@ class AlpacaTrainer(Trainer):
         if model.training:
             self.watch.add_micro_batch(inputs, records, outcome[0] if return_outputs else outcome)
             if self.is_deepspeed_enabled and self.accelerator.sync_gradients:
-                self.watch.check_step(self.args, self.state, None)  # its backward pass ends with the optimizer's step
+                self._check_step(None)  # its backward pass ends with the optimizer's step
         return outcome
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -127,9 +193,30 @@ class AlpacaTrainer(Trainer):
     def _get_grad_norm(self, model, grad_norm=None):
         """Called between the clipping of gradients and the optimizer's step."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
-        grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
-        self.watch.check_step(self.args, self.state, grad_norm)
+        return self._check_step(grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm)
+
+    def _check_step(self, grad_norm):
+        self.loss_to_log, grad_norm = self.watch.check_step(self.args, self.state, self._tr_loss, grad_norm)
         return grad_norm
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=None
+    ):
+        """The library asks the device for loss, norm and FLOPs one by one; the step's check has brought what it logs.
+
+        FLOPs are added up at every save and at the end.
+        """
+        steps = self.state.global_step - self._globalstep_last_logged
+        if self.control.should_log and steps:
+            tr_loss.zero_()
+            logs = {"loss": self.loss_to_log / steps, "grad_norm": grad_norm}
+            logs["learning_rate"] = self._get_learning_rate() if learning_rate is None else learning_rate
+            self._total_loss_scalar += self.loss_to_log
+            self._globalstep_last_logged = self.state.global_step
+            self.log(logs, start_time)
+        super()._maybe_log_save_evaluate(
+            tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate
+        )
 
     def log(self, logs, start_time=None):
         super().log({**logs, **self.watch.figures()} if "loss" in logs else logs, start_time)
@@ -165,12 +252,14 @@ class AlpacaTrainer(Trainer):
         with writing(directory):
             super()._save_checkpoint(model, trial)
             self.args.save_total_limit = limit
-            self.accelerator.wait_for_everyone()  # the ranks write their own files
+            self.accelerator.wait_for_everyone()  # the ranks write their own files, and hash them
+            described = gather_from_all_ranks(describe_files(directory, self.args.process_index, self.args.world_size))
             if self.args.should_save:
                 finish_checkpoint(
                     directory,
                     limit,
                     self.state.best_model_checkpoint,
+                    dict(ChainMap(*described)),
                     sharding=self.args.sharding,
                     processes=self.args.world_size,
                     has_optimizer=not self.args.save_only_model,
@@ -184,7 +273,7 @@ class AlpacaTrainer(Trainer):
         if output_dir is not None:
             return super().save_model(output_dir, _internal_call)
         staged = once_for_all_ranks(lambda: stage_model(self.args.output_dir))
-        with writing(staged):
+        with writing(staged), self._fsdp_layout(WHOLE):
             super().save_model(staged, _internal_call=True)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:

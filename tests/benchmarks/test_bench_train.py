@@ -49,14 +49,29 @@ def test_examples_are_as_long_as_those_of_the_52k_set():
     assert len(row["input_ids"]) == data.lengths[7] and 0 < (row["labels"] == -100).sum() <= 60
 
 
-def test_one_setting_as_a_command(tmp_path):
+def test_few_rows_have_the_whole_distribution_too():
+    data = bench_train.SyntheticDataset(128, 4096)
+    assert data.lengths.mean() == pytest.approx(125.7, rel=0.03) and data.lengths.max() > 360
+    assert len(set(data.lengths)) > 64 and data.lengths.min() >= 42 and data.lengths.max() <= 512
+
+
+def test_settings_as_a_command(tmp_path):
     """Of the table for one large GPU, through the whole of both scripts, on what is here."""
     out = tmp_path / "gpu.jsonl"
     options = ["--model", TINY.model, "--steps", 2, "--step_examples", 16, "--output", out]
-    for name in ("bare", "flash"):
-        result = run(ROOT / "benchmarks" / "bench_gpu.py", *options, "--only", name)
-        assert result.returncode == 0, result.stderr[-3000:]
+
+    def bench(*more):
+        return run(ROOT / "benchmarks" / "bench_gpu.py", *options, *more)
+
+    for name in ("16, nothing recomputed", "flash"):
+        result = bench("--only", name)
+        assert result.returncode == 0 and result.stdout.count("\n| 16, ") == 1, result.stderr[-3000:]
     done, failed = map(json.loads, out.read_text().splitlines())
-    assert done["setting"] == "ours, 16, bare loop" and done["bare"]["useful_tokens_per_second"] > 0
-    assert done["bare"]["padding_share"] == 0 and "16" in done["flags"]["bare"]
-    assert "FlashAttention2" in failed["failed"]
+    assert done["setting"] == "16, nothing recomputed" and done["ours"]["useful_tokens_per_second"] > 0
+    assert done["ours"]["padding_share"] == 0 and "16" in done["flags"]["ours"]
+    assert "needs the package: pip install liger-kernel" in failed["failed"]
+    before = out.read_text()
+    assert bench("--only", "flash").stdout.count("\n| 16, ") == 0  # it has its line
+    for seconds in (0, 0.5):
+        result = bench("--only", "2023: padded", "--budget_s", seconds)
+        assert "is used up" in result.stderr and "goes on there" in result.stderr and out.read_text() == before

@@ -63,9 +63,9 @@ def data(tmp_path_factory):
     return path
 
 
-def tiny(tokenizer, kind="llama", attention="sdpa", dtype=torch.float32):
-    """A model of two narrow layers whose random weights are so large that a wrong token would show."""
-    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+def tiny(tokenizer, kind="llama", attention="sdpa", dtype=torch.float32, layers=2):
+    """A model of few narrow layers whose random weights are so large that a wrong token would show."""
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 4}
     config = transformers.AutoConfig.for_model(kind, **sizes, initializer_range=0.2)
     narrow = {
         "intermediate_size": 32,
@@ -73,6 +73,7 @@ def tiny(tokenizer, kind="llama", attention="sdpa", dtype=torch.float32):
         "word_embed_proj_dim": 32,
         "num_key_value_heads": 2,
         "head_dim": 8,
+        "sliding_window": 16,
     }
     for name, value in narrow.items():
         if hasattr(config, name):

@@ -97,7 +97,7 @@ def train_sharded(report, *flags):
             line = {
                 "call": name,
                 "options": {option: getattr(options, option) for option in ("full_state_dict", "cpu_offload")},
-                "elements": sum(tensor.numel() for tensor in tensors),
+                "elements": sum((t.to_local() if isinstance(t, DTensor) else t).numel() for t in tensors),
                 "on_cpu": all(tensor.device.type == "cpu" and not isinstance(tensor, DTensor) for tensor in tensors),
             }
             with open(f"{report}-{os.environ['RANK']}", "a") as file:

@@ -368,30 +368,6 @@ def test_sigterm_ends_a_process_that_waits_for_a_dead_one(tmp_path):
     assert waiting.exitcode == 1 and "a process of this job was killed" in (tmp_path / "log").read_text()
 
 
-def test_sharded_saves_gather_on_the_cpu_of_the_first_rank_alone(base, data, tmp_path):
-    """On two ranks, the checkpoint's weights, its optimizer states, and the models of the checkpoint and the end."""
-    flags = ["--model_name_or_path", base, "--data_path", data, "--output_dir", tmp_path / "out", "--max_steps", 1]
-    flags += ["--fsdp", "full_shard auto_wrap", "--per_device_train_batch_size", 1]
-    ranks = forked.start_ranks(2, forked.train_sharded, tmp_path / "log", tmp_path / "gathered", *flags)
-    for rank in ranks:
-        rank.join(600)
-    assert [rank.exitcode for rank in ranks] == [0, 0], (tmp_path / "log").read_text()
-    model = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
-    elements = sum(tensor.numel() for tensor in model.values())
-    for rank in (0, 1):
-        lines = [json.loads(line) for line in (tmp_path / f"gathered-{rank}").read_text().splitlines()]
-        calls = [line["call"] for line in lines]
-        assert calls.count("get_model_state_dict") == 3 and calls.count("get_optimizer_state_dict") == 1
-        for line in lines:
-            assert line["options"] == {"full_state_dict": True, "cpu_offload": True} and line["on_cpu"]
-            states = 2 if line["call"] == "get_optimizer_state_dict" else 1
-            assert (line["elements"] >= states * elements) == (rank == 0), line
-            assert line["elements"] == 0 or rank == 0
-    manifest = checkpoints.verify(tmp_path / "out" / "checkpoint-1")
-    assert {"pytorch_model_fsdp.bin", "optimizer.bin", "rng_state_1.pth"} <= set(manifest["files"])
-    assert manifest["sharding"] == "fsdp"
-
-
 def test_too_little_space_is_said_before_the_first_step(command, tmp_path):
     flags = [*command, "--output_dir", tmp_path / "out"]
     process = forked.start(forked.train_on_a_small_disk, tmp_path / "log", 10**6, *flags)
