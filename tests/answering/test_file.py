@@ -96,6 +96,8 @@ def test_questions_and_places_that_will_not_do(llama, tmp_path, monkeypatch, cap
     code, line = refused(tmp_path / "missing.json")
     assert code == 3 and "missing.json does not exist" in line
     code, line = refused(good, tmp_path / "good.json" / "out.json")
+    assert code == 2 and "lies in --data_path" in line
+    code, line = refused(good, tmp_path / "bad.json" / "out.json")
     assert code == 8 and "can't be written" in line
     partial = tmp_path / "out.json.partial.jsonl"
     for damage in ("no JSON\n", "3\n", '{"seed": 42}\n[1, 2, 3]\n', "[]\n"):

@@ -250,9 +250,10 @@ def test_examples_without_a_response_are_left_out_and_their_records_kept(tmp_pat
 
 
 def test_bad_data_ends_before_any_model_is_loaded(tmp_path, llama):
-    """The weights are missing, so a run that came so far would fail in another way."""
+    """The weights are no weights, so a run that came so far would fail in another way."""
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((llama / name).read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(b"none")
     result = run(
         *("train.py", "--model_name_or_path", tmp_path, "--output_dir", tmp_path / "out"),
         *("--data_path", write(tmp_path, [{"instruction": "a"}])),
