@@ -14,13 +14,13 @@ from alpaca.common import ExpectedError
 from alpaca.training import checkpoints
 from alpaca.training.trainer import WHOLE
 from tests.training import courses, forked
-from tests.training.test_long_runs import assert_same_run, base, data, wait_for  # noqa: F401 - the fixtures of these runs
+from tests.training.test_long_runs import assert_same_run, wait_for
 
 pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")
-def run(base, data, tmp_path_factory):  # noqa: F811
+def run(base, data, tmp_path_factory):
     """Trains four steps on two sharded ranks, saving after each second one; returns output directory and exit codes."""
     directory = tmp_path_factory.mktemp("sharded")
     fixed = ["--model_name_or_path", base, "--data_path", data, "--max_steps", 4, "--save_steps", 2]
