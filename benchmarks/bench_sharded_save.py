@@ -1,6 +1,6 @@
 """A checkpoint under FSDP on two processes: written in parts by each, and whole by the first, as before.
 
-    python benchmarks/bench_sharded_save.py                 # two gloo processes on the CPU, a LLaMA of 101 M parameters
+    python benchmarks/bench_sharded_save.py                 # two gloo processes on the CPU, a LLaMA of 98 M parameters
 
 Each layout is a run of train.py of two steps, each saved. For both ranks: seconds of the second save (manifest and
 hashes included), MiB that it wrote, and how far memory rose above what was there before the first one. JSON last.

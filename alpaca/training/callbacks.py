@@ -64,8 +64,8 @@ class SpaceCheck(TrainerCallback):
         trained = get_model_param_count(model, trainable_only=True)
         word = next(model.parameters()).element_size()  # bytes
         saved = trained if hasattr(model, "peft_config") else total
-        # Sharded runs keep the weights twice, as shards to resume from and as a model.
-        checkpoint = word * saved * (2 if args.fsdp or args.deepspeed else 1)
+        # DeepSpeed's keep the weights twice, as shards to resume from and as a model.
+        checkpoint = word * saved * (2 if args.deepspeed else 1)
         if not args.save_only_model:
             checkpoint += trained * state_bytes(args.optim, word)
         sizes = (checkpoint, word * saved, saves_to_come(args, state), args.save_total_limit)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import torch
 import transformers
 import xxhash
@@ -117,8 +118,31 @@ def load_tokenizer(model_args: ModelArguments, training_args: TrainingArguments)
     )
 
 
+def gets_weights_sent(training_args: TrainingArguments) -> bool:
+    """Whether this process is sent its shards of the weights by the first one, and so need not read them."""
+    config = training_args.fsdp_config or {}
+    return bool(training_args.fsdp and config.get("cpu_ram_efficient_loading") and training_args.process_index)
+
+
+def make_without_weights(model_args: ModelArguments, training_args: TrainingArguments) -> Any:
+    """The model with parameters that nothing was written to, so that they take no memory, and its buffers, which are
+    not sent. Each has a place of its own: by it the optimizer finds the shard that replaces it."""
+    config = from_pretrained(transformers.AutoConfig, model_args.model_name_or_path, cache_dir=training_args.cache_dir)
+    with accelerate.init_empty_weights(include_buffers=False):
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, model_args.dtype), attn_implementation=model_args.attn_implementation
+        )
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, torch.nn.Parameter(torch.empty_like(parameter, device="cpu")))
+    model.tie_weights()
+    return model
+
+
 def load_model(model_args: ModelArguments, training_args: TrainingArguments) -> Any:
     """Raises ExpectedError (exit 2) where files and model do not fit."""
+    if gets_weights_sent(training_args):
+        return make_without_weights(model_args, training_args)
     verbosity = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()  # what it has to say of tensors, check_tensors says in a line
     model, report = from_pretrained(

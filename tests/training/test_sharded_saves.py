@@ -133,11 +133,12 @@ def test_kills_during_a_save_in_parts(run, straight):
 
 def test_the_best_model_is_loaded_from_parts(run):
     flags = ["--val_size", 6, "--eval_strategy", "steps", "--eval_steps", 2, "--load_best_model_at_end", "True"]
-    out, codes, said = run("best", *flags, "--metric_for_best_model", "eval_loss", "--learning_rate", "0.2")
+    worst = ["--metric_for_best_model", "eval_loss", "--greater_is_better", "True"]  # which is the earlier one
+    out, codes, said = run("best", *flags, *worst)
     assert codes == [0, 0], said
     state = json.loads((out / "trainer_state.json").read_text())
     best = state["best_model_checkpoint"]
-    assert best.endswith("checkpoint-2")  # with such a learning rate
+    assert best.endswith("checkpoint-2")
     saved = {}
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
@@ -147,3 +148,16 @@ def test_the_best_model_is_loaded_from_parts(run):
     _load_state_dict(saved, storage_reader=reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
     final = courses.weights(out)
     assert all(torch.equal(saved["model"][name], tensor) for name, tensor in final.items())
+
+
+@pytest.mark.parametrize("flags", [[], ["--lora_r", 4]], ids=["all weights", "adapters"])
+def test_weights_that_only_the_first_rank_reads_take_the_same_course(flags, run, straight):
+    """As on GPUs, where this is on unless --fsdp_config says otherwise."""
+    sent, codes, said = run("sent", *flags, "--fsdp_config", '{"cpu_ram_efficient_loading": true}')
+    assert codes == [0, 0], said
+    read, codes, said = run("read", *flags) if flags else (straight, [0, 0], "")
+    assert codes == [0, 0], said
+    name = "adapter_model.safetensors" if flags else "model.safetensors"
+    ours, expected = courses.weights(sent, name), courses.weights(read, name)
+    assert set(ours) == set(expected)
+    assert all(torch.equal(ours[name], tensor) for name, tensor in expected.items())
