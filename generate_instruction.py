@@ -149,15 +149,16 @@ def generate_instruction_following_data(
         tasks = sample_seed_tasks(seed_tasks, number, seed, num_prompt_instructions)
         return [task["id"] for task in tasks], encode_prompt(tasks, language)
 
-    with locked(output_dir), contextlib.closing(open_log(output_dir)) as log:
-        if not log.records and not seeds_anyway:
-            check_seed_tasks(seed_tasks, Limits(max_similarity, min_words, max_words, tuple(settings["blacklist"])))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(locked(output_dir))
+        log = stack.enter_context(contextlib.closing(open_log(output_dir)))
         header = begin_or_continue(log, output_dir, header, settings)
-        collection = Collection(header, settings, num_cpus, say)
-        use_logged_answers(collection, log.records)
+        collection = Collection(header, settings, num_cpus)
+        decisions = stack.enter_context(contextlib.closing(Decisions(log, output_dir, limits_of(settings))))
+        use_logged_answers(collection, log, decisions)
         meter = Meter(max_requests, max_tokens_total, price_in, price_out, max_cost)
         meter.count_logged(log.records)
-        run = Run(teacher, collection, log, meter, output_dir, prompt_of, max_tokens)
+        run = Run(teacher, collection, decisions, meter, output_dir, prompt_of, max_tokens)
         try:
             run.say_what_to_expect()
             batches = batch_requests if batch_api else 0

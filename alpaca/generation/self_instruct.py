@@ -149,11 +149,6 @@ class Collection:
     def full(self) -> bool:
         return len(self.entries) >= self.target
 
-    def advance(self) -> None:
-        """Use the waiting answers in order, up to the target. An answer is used whole: it is paid for."""
-        while not self.full and self.answers in self.waiting:
-            self.add(self.waiting.pop(self.answers))
-
     def add(self, record: dict[str, Any]) -> None:
         response = {"text": record["answer"], "finish_reason": record["finish_reason"]}
         tasks, rejected = parse_response(self.num_prompt_instructions, response, self.limits, **self._rules)
@@ -179,6 +174,21 @@ class Collection:
             self._encoded.append(encoded[index])
             kept.append(index)
         self.rejected += rejected
+        self.answers += 1
+        self.kept += len(kept)
+        self.answers_without_new = 0 if kept else self.answers_without_new + 1
+
+    def new_instructions(self, before: int) -> list[str]:
+        """The instructions of the entries from number `before` on."""
+        return self.instructions[len(self.instructions) - len(self.entries) + before :]
+
+    def restore(self, kept: list[tuple[str, str]], rejected: dict[str, int]) -> None:
+        """An answer of which it is known what is kept: instructions, and entries as they stand in regen.json."""
+        for instruction, entry in kept:
+            self.entries.append(entry)
+            self.instructions.append(instruction)
+            self._encoded.append(self._encode(instruction))
+        self.rejected += collections.Counter(rejected)
         self.answers += 1
         self.kept += len(kept)
         self.answers_without_new = 0 if kept else self.answers_without_new + 1
