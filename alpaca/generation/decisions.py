@@ -1,17 +1,19 @@
 """What was decided of each answer, kept beside the log: comparing 52,000 instructions again would take minutes.
 
 decisions.jsonl is safe to delete, and is trusted only as far as it fits: it begins with the log's first checksum, the
-limits and the rules (a digest of the code), and each line names its answer by byte and checksum in the log. Where it does
-not fit, that line and all behind it are decided again.
+limits and the rules (a digest of the code), and each line names its answer by byte and checksum in the log. Where it
+does not fit, that line and all behind it are decided again.
 """
 
 import contextlib
 import functools
 import hashlib
+import json
 import os
 from typing import Any
 
 from alpaca.common import ROOT, ExpectedError
+from alpaca.generation.parsing import Limits
 from alpaca.generation.self_instruct import Collection
 from alpaca.teacher.request_log import Log
 
@@ -19,18 +21,18 @@ from alpaca.teacher.request_log import Log
 class Decisions:
     """Uses a collection's waiting answers, with what was decided earlier where that is known."""
 
-    def __init__(self, log: Log, output_dir: str | None, key: dict[str, Any]):
-        """`output_dir` None: nothing is known and nothing is kept. `key`: what decides, beside the log and the code."""
+    def __init__(self, log: Log, output_dir: str | None, limits: Limits):
+        """`output_dir` None: nothing is known and nothing is kept. Raises nothing: the file can be made again."""
         self.log = log
         self._file: Log | None = None
         self._known: list[tuple[int, dict[str, Any]]] = []  # byte in decisions.jsonl, decision; the next is the last
         if output_dir is None:
             return
         path = os.path.join(output_dir, "decisions.jsonl")
-        first = {"decided": {"log": log.first_checksum, "rules": _rules(), **key}}
+        first = {"decided": {"log": log.first_checksum, "rules": _rules(), "limits": limits}}
         with contextlib.suppress(ExpectedError):  # damaged
             self._file = Log(path)
-        if not self._file or self._file.records[:1] != [first]:
+        if not self._file or self._file.records[:1] != [json.loads(json.dumps(first))]:
             if self._file:
                 self._file.close()
             with contextlib.suppress(FileNotFoundError):

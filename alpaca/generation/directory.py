@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import fcntl
+import json
 import os
 import sys
 import time
@@ -99,15 +100,22 @@ def last_settings(records: list[dict[str, Any]]) -> dict[str, Any] | None:
 def use_logged_answers(collection: Collection, log: Log, decisions: Decisions, skip_missing: bool = False) -> None:
     """The log's answers, in order of their requests; behind a gap (a request to be made again) they wait."""
     answers = [
-        {**record, "place": place}
-        for record, place in zip(log.records, log.places, strict=False)
-        if "answer" in record
+        {**record, "place": place} for record, place in zip(log.records, log.places, strict=False) if "answer" in record
     ]
-    for record in tqdm(sorted(answers, key=lambda record: record["request"]), "using answers", disable=None, leave=False):
+    for record in tqdm(
+        sorted(answers, key=lambda record: record["request"]), "using answers", disable=None, leave=False
+    ):
         if skip_missing:
             collection.answers = max(collection.answers, record["request"])
         collection.waiting.setdefault(record["request"], record)
         decisions.advance(collection)
+
+
+def answers_of(output_dir: str, count: int) -> list[tuple[int, dict[str, Any]]]:
+    """The first requests' numbers and records, of those that have an answer in the log."""
+    with open(os.path.join(output_dir, "requests.jsonl"), encoding="utf-8") as file:
+        records = (json.loads(line) for line in file)
+        return sorted((r["request"], r) for r in records if "answer" in r and r["request"] < count)
 
 
 def write_and_summarize(

@@ -19,7 +19,7 @@ from alpaca.generation.directory import say
 from alpaca.generation.self_instruct import Collection, write_regen
 from alpaca.teacher.batch import run_batch
 from alpaca.teacher.client import NOTHING, Stopped, Teacher
-from alpaca.teacher.request_log import Log, Meter, budget_error
+from alpaca.teacher.request_log import Meter, budget_error
 
 TYPICAL_KEPT = 12  # of an answer, until answers tell; for projections and for how many requests to start
 MOST_WITHOUT_NEW = 100  # answers in a row with nothing new: the teacher or the settings are no good, stop paying
@@ -115,9 +115,9 @@ class Run:
             self.written = time.monotonic(), len(collection.entries)
         if self.empty >= MOST_EMPTY:
             raise ExpectedError(
-                f"{self.empty} answers in a row came to their token limit before the first word: the teacher spends it on "
-                "thinking; everything so far is saved: raise --max_tokens, or have it think less, where its server knows "
-                """one of them with --extra_body '{"reasoning_effort": "low"}' or """
+                f"{self.empty} answers in a row came to their token limit before the first word: the teacher spends it "
+                "on thinking; everything so far is saved: raise --max_tokens, or have it think less, with what its "
+                """server knows: --extra_body '{"reasoning_effort": "low"}' or """
                 """'{"chat_template_kwargs": {"enable_thinking": false}}'""",
                 ExitCode.BUDGET,
             )
@@ -192,6 +192,22 @@ class Run:
             await asyncio.gather(*tasks, stop, return_exceptions=True)
         if not self.collection.full and not self.interrupted:
             raise failure or budget_error(self.meter.exhausted())
+
+    async def ask_first(self, count: int) -> None:
+        """Only the first requests, one after the other, as far as they have no answer."""
+        try:
+            for number in range(count):
+                if number in self.answered:
+                    continue
+                if flag := self.meter.exhausted():
+                    raise budget_error(flag)
+                self.meter.count_request()
+                self.meter.in_flight += 1
+                await self.ask(number)
+        except Stopped:
+            raise ExpectedError("interrupted; every answer is saved", self.interrupted)
+        finally:
+            await self.teacher.close()
 
     async def ask(self, number: int) -> None:
         """One request, with its retries, into the log. The caller has counted the first attempt."""

@@ -132,13 +132,13 @@ class Collection:
         limits = {name: settings[name] for name in Limits._fields}
         self.limits = Limits(**{**limits, "blacklist": tuple(limits["blacklist"])})
         self.workers = min(num_cpus, os.cpu_count() or 1)  # threads
-        self._rules = {"tokenization": header.get("tokenization", "ascii"), "parser": header.get("parser", 1)}
-        self._encode = TokenEncoder(self._rules["tokenization"])
+        self.rules = {"tokenization": header.get("tokenization", "ascii"), "parser": header.get("parser", 1)}
+        self.encode = TokenEncoder(self.rules["tokenization"])
         self._say = say
         self.instructions = list(header["seed_instructions"])
         self.entries = [_entry_text(entry) for entry in header["already_kept"]]
         self.instructions += [entry["instruction"] for entry in header["already_kept"]]
-        self._encoded = [self._encode(instruction) for instruction in self.instructions]
+        self.encoded = [self.encode(instruction) for instruction in self.instructions]
         self.rejected: collections.Counter[str] = collections.Counter()
         self.answers = 0  # used so far; the next to be used is that of the request of this number
         self.kept = 0  # tasks of these answers
@@ -151,16 +151,16 @@ class Collection:
 
     def add(self, record: dict[str, Any]) -> None:
         response = {"text": record["answer"], "finish_reason": record["finish_reason"]}
-        tasks, rejected = parse_response(self.num_prompt_instructions, response, self.limits, **self._rules)
+        tasks, rejected = parse_response(self.num_prompt_instructions, response, self.limits, **self.rules)
         if rejected["unreadable answer"] and not self.rejected["unreadable answer"]:
             begins = " ".join(record["answer"].split())[:SHOWN_OF_AN_ANSWER]
             self._say(
                 f"request {self.answers}: nothing could be read in its answer, which begins: {begins} (said once)"
             )
-        encoded = [self._encode(task["instruction"]) for task in tasks]
-        pool = len(self._encoded)
+        encoded = [self.encode(task["instruction"]) for task in tasks]
+        pool = len(self.encoded)
         # One call for the whole answer, its tasks against each other included: of those columns only the kept count.
-        all_scores = rouge_l(encoded, self._encoded + encoded, workers=self.workers)  # (tasks, pool + tasks)
+        all_scores = rouge_l(encoded, self.encoded + encoded, workers=self.workers)  # (tasks, pool + tasks)
         kept: list[int] = []
         for index, task in enumerate(tasks):
             scores = np.concatenate([all_scores[index, :pool], all_scores[index, [pool + other for other in kept]]])
@@ -171,7 +171,7 @@ class Collection:
             task["avg_similarity_score"] = float(np.mean(scores)) if len(scores) else 0.0
             self.entries.append(_entry_text(task))
             self.instructions.append(task["instruction"])
-            self._encoded.append(encoded[index])
+            self.encoded.append(encoded[index])
             kept.append(index)
         self.rejected += rejected
         self.answers += 1
@@ -187,7 +187,7 @@ class Collection:
         for instruction, entry in kept:
             self.entries.append(entry)
             self.instructions.append(instruction)
-            self._encoded.append(self._encode(instruction))
+            self.encoded.append(self.encode(instruction))
         self.rejected += collections.Counter(rejected)
         self.answers += 1
         self.kept += len(kept)

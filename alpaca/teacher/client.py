@@ -90,8 +90,8 @@ class Teacher:
 
     def _decoding_parameters(self, decoding: OpenAIDecodingArguments, extra: dict[str, Any]) -> dict[str, Any]:
         """Decoding arguments → body fields. What is at the API's default is not sent: many servers refuse fields that
-        they do not know, and some models take only one of temperature and top_p. `stream` is sent as False: some servers
-        stream unless they are told not to, and answers are collected whole."""
+        they do not know, and some models take only one of temperature and top_p. `stream` is sent as False: some
+        servers stream unless they are told not to, and answers are collected whole."""
         chat = self.api == "chat"
         # OpenAI's reasoning models only take the new name, most other servers only the old one.
         limit = "max_completion_tokens" if chat and self.host == "api.openai.com" else "max_tokens"
@@ -126,9 +126,9 @@ class Teacher:
     ) -> dict[str, Any]:
         """→ {"choices": [{"text", "finish_reason", "index", "logprobs"}, …], "usage": …, "model": …}.
 
-        `before` is called ahead of each attempt (and may raise), `on_fault(kind, raw, usage)` after each failed one: raw
-        may be "", and usage None where the request may have been paid for and nobody knows how much. An attempt that
-        meets a rate limit waits at the gate and goes on as the same attempt.
+        `before` is called ahead of each attempt (and may raise), `on_fault(kind, raw, usage)` after each failed one:
+        raw may be "", and usage None where the request may have been paid for and nobody knows how much. An attempt
+        that meets a rate limit waits at the gate and goes on as the same attempt.
         """
         max_tokens = None  # shortened for this request only: what others ask must not depend on it
 
@@ -271,7 +271,7 @@ class Teacher:
         return data.decode(errors="replace")
 
     def read_answer(self, text: str, body: dict[str, Any]) -> dict[str, Any]:
-        """A reply to the request `body` → the answer as `ask` gives it. Raises BadAnswer, also where the key stands in it."""
+        """A reply to the request `body` → the answer as `ask` gives it. Raises BadAnswer, also for one with the key."""
         if text.lstrip()[:6].startswith(("data:", "event:", ": ")):
             raise BadAnswer(EVENT_STREAM, text)
         answer = read_answer(text, body)

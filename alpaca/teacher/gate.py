@@ -1,9 +1,9 @@
 """One gate for all requests to a server: how many are in flight, how fast they go out, and when all of them wait.
 
 A server that has had enough has had enough of all of us, not of one request. After such an answer nobody asks for as
-long as the server says, half as many requests are in flight, and they leave at a pace. The pace at which it was too much
-is remembered: the next one is a little below, and creeps up from there. So a server that grants 4 requests a second gets
-nearly 4, whether it counts by the second or by the minute, and whether or not it says how long to wait.
+long as the server says, half as many requests are in flight, and they leave at a pace. The pace at which it was too
+much is remembered: the next one is a little below, and creeps up from there. So a server that grants 4 requests a
+second gets nearly 4, whether it counts by the second or by the minute, and whether or not it says how long to wait.
 """
 
 import asyncio

@@ -130,7 +130,7 @@ _KEY = re.compile(
     r"|no_db_connection|permission_denied"
 )
 _MODEL = re.compile(
-    r"model_?not_?found|model_deprecated|deployment_?not_?found|invalid model|unknown model|no such model|model_not_exist"
+    r"model_?not_?found|model_deprecated|deployment_?not_?found|invalid model|unknown model|no such model|not_exist"
     r"|(model|deployment)\b.{0,90}(not found|not exist|not have access|no access|deprecated|unavailable|not available"
     r"|decommissioned|not supported for|not a valid)|not a valid model|(not have|no|denied) access to.{0,20} model"
     r"|no endpoints found"

@@ -102,8 +102,8 @@ class Log:
     """An append-only file of JSON records, each synced before `append` returns, each with a checksum of its own line.
 
     Private (0600), since answers are in it. Opening it cuts off a torn last line, which a killed process may leave;
-    damage anywhere else raises ExpectedError (INTEGRITY). `records` holds what was there when it was opened, with None for
-    the fields `left_on_disk`, which may be large: `read` brings a whole record, `places` says where each one is.
+    damage anywhere else raises ExpectedError (INTEGRITY). `records` holds what was there when it was opened, with None
+    for the fields `left_on_disk`, which may be large: `read` brings a whole record, `places` says where each one is.
     """
 
     def __init__(self, path: str, left_on_disk: Iterable[str] = ()):
