@@ -147,8 +147,8 @@ class Teacher:
             max_tokens = int(0.8 * (max_tokens or fields.get("max_tokens") or fields.get("max_completion_tokens")))
             if max_tokens < SMALLEST_MAX_TOKENS:
                 raise ExpectedError(
-                    f"the prompt does not fit {self.model_name} ({self.host}: {error['message']}); "
-                    "use a model with a longer context or a smaller --num_prompt_instructions",
+                    f"the prompt does not fit the context of {self.model_name} ({self.host}: {error['message']}); "
+                    "use a model with a longer one or a smaller --num_prompt_instructions",
                     ExitCode.API,
                 )
             return True
@@ -219,11 +219,11 @@ class Teacher:
                 raise await self.refusal(error)
             failed += 1
             if failed >= self.max_attempts:
-                said = f" ({raw[:200]})" if error else ""
+                said = f" (which said: {raw[:200]})" if error else ""
                 raise ExpectedError(
-                    f"{failed} attempts at one request to {self.host} failed, the last with: {kind}{said}"
-                    f"{self.connection.way_around_proxy()}; "
-                    "everything so far is saved: look at the server, then run the same command again",
+                    f"{failed} attempts at one request to {self.host} failed, the last with: {kind}; "
+                    f"everything so far is saved: look at the server{said}{self.connection.way_around_proxy()}, "
+                    "then run the same command again",
                     ExitCode.BUDGET,
                 )
             await self.sleep(min(60.0, self.sleep_time * 2 ** (failed - 1)) * random.uniform(0.5, 1.0))

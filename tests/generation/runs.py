@@ -94,6 +94,11 @@ def random_faults(share, seed=0):
     return fault
 
 
+def rate_limits(server):
+    """How many answers of the server only said that it has had enough; its 503s come with a Retry-After."""
+    return server.faults["HTTP 429"] + server.faults["HTTP 503"]
+
+
 def wait_for(condition, seconds=60):
     end = time.monotonic() + seconds
     while not condition():
