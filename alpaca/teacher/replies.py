@@ -177,14 +177,11 @@ def remedy_for(status: int, code: str, message: str, told_to_wait: bool = False)
 
 def _wait_in_words(text: str) -> float | None:
     """The seconds that an error names: `"retryDelay": "1.5s"`, "try again in 1m2.5s", "retry after 26 seconds"."""
-    found = re.search(
-        r'(?i)"retryDelay": ?"([^"]+)"|(?:retry|again) (?:in|after) ((?:[\d.]+ ?(?:ms|[hms])[a-z]* ?)+)', text
-    )
-    parts = re.findall(r"([\d.]+) ?(ms|[hms])", (found[1] or found[2]).lower()) if found else []
-    with contextlib.suppress(ValueError):
-        units = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
-        return sum(float(number) * units[unit] for number, unit in parts) if parts else None
-    return None
+    span = r"\d+(?:\.\d+)? ?(?:ms|[hms])"
+    found = re.search(rf'(?i)"retryDelay": ?"([^"]+)"|(?:retry|again) (?:in|after) ((?:{span}[a-z]* ?)+)', text)
+    parts = re.findall(r"(\d+(?:\.\d+)?) ?(ms|[hms])", (found[1] or found[2]).lower()) if found else []
+    units = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
+    return sum(float(number) * units[unit] for number, unit in parts) if parts else None
 
 
 def retry_after_seconds(headers: Mapping[str, str]) -> float | None:

@@ -69,6 +69,7 @@ class TeacherServer:
         self.batch_status = lambda batch, polls: "completed"
         self.batch_line = lambda number, body: None  # a result line of its own, or None for a good answer
         self.polls = collections.Counter()
+        self.answer_after = 0.0  # seconds from granting a request to its answer; a refusal comes at once
         self.lock = threading.Lock()
 
     # --- completions
@@ -96,6 +97,7 @@ class TeacherServer:
                 return fault
             good = json.dumps(self.payload(body, chat))
             if fault is None:
+                await asyncio.sleep(self.answer_after)
                 self.answered[prompt] += 1
                 return web.Response(text=good, content_type="application/json")
             self.faults[fault] += 1
