@@ -175,7 +175,7 @@ class Teacher:
         begun = False  # an attempt that met a rate limit goes on without being counted again
         while True:
             error: dict[str, Any] = {}
-            async with self.gate as place:
+            async with self.gate.place(again=begun) as place:
                 if not begun:
                     before()
                     begun = True

@@ -24,8 +24,16 @@ class Stopped(Exception):
 class Place:
     """A request on its way. It tells how it went: `succeeded`, `limited`, or nothing where it failed otherwise."""
 
-    def __init__(self, gate: "Gate", sent: float):
-        self.gate, self.sent = gate, sent
+    def __init__(self, gate: "Gate", again: bool):
+        self.gate, self.again, self.sent = gate, again, 0.0
+
+    async def __aenter__(self) -> "Place":
+        await self.gate.enter(self.again)
+        self.sent = asyncio.get_running_loop().time()
+        return self
+
+    async def __aexit__(self, *exception) -> None:
+        self.gate.leave()
 
     def succeeded(self) -> None:
         self.gate.count_success(self.sent)
@@ -36,7 +44,7 @@ class Place:
 
 
 class Gate:
-    """`async with gate as place:` around each request. Raises Stopped once `stopping` is set."""
+    """`async with gate.place() as place:` around each request; raises Stopped once `stopping` is set."""
 
     def __init__(self, sleep_time: float = 2.0):
         self.stopping = asyncio.Event()
@@ -54,36 +62,46 @@ class Gate:
         self._begun: float | None = None  # when requests began to leave, since it last had enough
         self._sent = self._refused = 0  # since then
         self._grown_at = 0.0
-        self._turn = asyncio.Lock()
+        self._turns = asyncio.Lock(), asyncio.Lock()  # of new requests, and of those that come again
+        self._again = 0  # how many come again
         self._changed = asyncio.Event()
 
-    async def __aenter__(self) -> Place:
-        now = asyncio.get_running_loop().time
-        async with self._turn:  # first come, first served
-            while not self.stopping.is_set():
-                self._changed.clear()
-                if self.in_flight >= self.most:
-                    await self._wait(None)
-                elif (ready := max(self.open_at, self._next)) > now():
-                    await self._wait(ready - now())
-                else:
-                    break
-            else:
-                raise Stopped
-            if self._limited_at is not None:
-                self.choose_pace(now())
-            if self._begun is None:
-                self._begun = self._grown_at = now()
-            self.in_flight += 1
-            self._sent += 1
-            self._next = max(now(), self._next) + 1 / self.pace
-        return Place(self, now())
+    def place(self, again: bool = False) -> Place:
+        """`again`: the request has met a rate limit, and goes before those that have not been sent yet."""
+        return Place(self, again)
 
-    async def __aexit__(self, *exception) -> None:
+    async def enter(self, again: bool) -> None:
+        now = asyncio.get_running_loop().time
+        self._again += again
+        try:
+            async with self._turns[again]:  # first come, first served
+                while not self.stopping.is_set():
+                    self._changed.clear()
+                    if self.in_flight >= self.most or (self._again and not again):
+                        await self._wait(1.0)
+                    elif (ready := max(self.open_at, self._next)) > now():
+                        await self._wait(ready - now())
+                    else:
+                        break
+                else:
+                    raise Stopped
+                if self._limited_at is not None:
+                    self.choose_pace(now())
+                if self._begun is None:
+                    self._begun = self._grown_at = now()
+                self.in_flight += 1
+                self._sent += 1
+                self._next = max(now(), self._next) + 1 / self.pace
+        finally:
+            self._again -= again
+            self._changed.set()
+
+    def leave(self) -> None:
         self.in_flight -= 1
         self._changed.set()
 
-    async def _wait(self, seconds: float | None) -> None:
+    async def _wait(self, seconds: float) -> None:
+        """Until something changes, but no longer than this."""
         waits = [asyncio.ensure_future(event.wait()) for event in (self._changed, self.stopping)]
         try:
             await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
