@@ -258,7 +258,9 @@ class Teacher:
         else:
             resource, required = self.client.completions, {"model": body["model"], "prompt": body["prompt"]}
         data = bytearray()
-        async with resource.with_streaming_response.create(**required, extra_body=body) as response:
+        async with resource.with_streaming_response.create(
+            **required, extra_body=body, extra_headers=self.connection.headers
+        ) as response:
             try:
                 async for chunk in response.iter_bytes():
                     data += chunk

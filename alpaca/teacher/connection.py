@@ -40,8 +40,8 @@ class Connection:
         self.secret = self.key if len(self.key) >= SHORTEST_SECRET else ""
         self.proxy = _proxy(parts.scheme, self.host)
         options: dict[str, Any] = {"default_query": query} if query else {}
-        if azure:
-            options["default_headers"] = {"api-key": self.key, "Authorization": openai.Omit()}
+        # Of each request; Azure takes "Authorization" for something else.
+        self.headers = {"api-key": self.key, "Authorization": openai.Omit()} if azure else None
         try:
             self.client = openai.AsyncOpenAI(
                 api_key=self.key or "none",  # servers of one's own mostly want no key, but the client wants a value
