@@ -31,7 +31,7 @@ class Decisions:
         path = os.path.join(output_dir, "decisions.jsonl")
         first = {"decided": {"log": log.first_checksum, "rules": _rules(), "limits": limits}}
         with contextlib.suppress(ExpectedError):  # damaged
-            self._file = Log(path)
+            self._file = Log(path, left_on_disk=("kept",))
         if not self._file or self._file.records[:1] != [json.loads(json.dumps(first))]:
             if self._file:
                 self._file.close()
@@ -67,7 +67,7 @@ class Decisions:
             return None
         byte, known = self._known.pop()
         if known["request"] == record["request"] and known["place"] == list(record["place"]):
-            return known
+            return self._file.read(byte)
         self._known = []
         self._file.cut_at(byte)
         return None

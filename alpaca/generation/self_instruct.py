@@ -71,7 +71,7 @@ def read_seed_tasks(path: str, at_least: int) -> list[dict[str, str]]:
     """seed_tasks.jsonl → [{"id", "instruction", "input", "output"}], of each task's first instance. Raises (DATA)."""
     tasks = []
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
@@ -212,4 +212,6 @@ def _entry_text(entry: dict[str, Any]) -> str:
 
 def write_regen(collection: Collection, output_dir: str) -> None:
     with atomic_write(os.path.join(output_dir, "regen.json")) as file:
-        file.write("[" + ",".join("\n    " + entry for entry in collection.entries) + "\n]")
+        for number, entry in enumerate(collection.entries):
+            file.write((",\n    " if number else "[\n    ") + entry)
+        file.write("\n]" if collection.entries else "[\n]")

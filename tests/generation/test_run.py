@@ -9,6 +9,7 @@ import stat
 import time
 
 import pytest
+from aiohttp import web
 
 from alpaca.common import ExitCode
 from alpaca.generation.self_instruct import encode_prompt, read_seed_tasks, sample_seed_tasks
@@ -235,6 +236,85 @@ def test_unwritable_directory(tmp_path):
         with fails(ExitCode.DISK, "writable --output_dir"):
             generate(server, tmp_path / "file" / "out")
         assert not server.bodies
+
+
+def thought_away(server, body, attempt):
+    """A chat answer whose tokens all went into thinking."""
+    message = {"role": "assistant", "content": server.thought}
+    choice = {"index": 0, "finish_reason": "length", "message": message}
+    return web.json_response(
+        {"model": "m", "choices": [choice], "usage": {"prompt_tokens": 1100, "completion_tokens": 3072}}
+    )
+
+
+@pytest.mark.parametrize("thought", ["", None])
+def test_a_teacher_that_spends_its_tokens_on_thinking_is_stopped_soon(tmp_path, thought):
+    with TeacherServer(fault=thought_away) as server:
+        server.thought = thought
+        with fails(ExitCode.BUDGET, "3 answers in a row .*thinking.*--max_tokens.*reasoning_effort"):
+            generate(server, tmp_path, concurrency=32)
+        assert len(server.bodies) == 3
+
+
+def empty_answer(reason, message):
+    choice = {"index": 0, "finish_reason": reason, "message": {"role": "assistant", **message}}
+    return {"choices": [choice], "usage": {"prompt_tokens": 1100, "completion_tokens": 10}}
+
+
+@pytest.mark.parametrize(
+    ("response", "named"),
+    [
+        (lambda: web.json_response(empty_answer("content_filter", {})), "filtered answer"),
+        (lambda: web.json_response(empty_answer("stop", {"content": None, "refusal": "no"})), "refused answer"),
+        (lambda: error(400, "may contain inappropriate content", "data_inspection_failed"), "filtered answer"),
+        (lambda: error(403, "requires moderation and your input was flagged", "403"), "filtered answer"),
+    ],
+)
+def test_what_asking_again_cannot_change_is_an_empty_answer_also_after_a_restart(tmp_path, capsys, response, named):
+    def fault(server, body, attempt):
+        return response() if list(server.attempts).index(body["messages"][0]["content"]) % 4 == 1 else None
+
+    with TeacherServer(fault=fault) as server:
+        generate(server, tmp_path, num_instructions_to_generate=20, concurrency=1)
+        generate(server, tmp_path, concurrency=1)
+        assert max(server.attempts.values()) == 1
+    empty = [record for record in answers(tmp_path) if not record["answer"]]
+    assert f"{named} {len(empty)}" in capsys.readouterr().out and len(empty) > 2
+    assert not [record for record in records(tmp_path) if "fault" in record]
+
+
+def test_a_request_that_timed_out_counts_as_the_largest(tmp_path, capsys):
+    largest = 6000  # more than any prompt here and its answer
+    with TeacherServer(delay=lambda: 30 if len(server.bodies) in (2, 3) else 0) as server:
+        with fails(ExitCode.BUDGET, "max_tokens_total"):
+            generate(server, tmp_path, concurrency=1, timeout=0.5, max_tokens_total=20_000)
+    assert server.answered.total() * 1500 + 2 * largest <= 20_000 + 2 * 1500
+    assert "2 requests more were asked and not received" in capsys.readouterr().out
+
+
+def test_what_a_killed_process_asked_counts(tmp_path):
+    with TeacherServer(delay=lambda: 30 if len(server.bodies) > 2 else 0) as server:
+        process = start(server, tmp_path, "--concurrency", "4")
+        wait_for(lambda: server.in_flight == 4)
+        process.kill()
+        process.communicate()
+        with fails(ExitCode.BUDGET, "max_requests"):
+            server.delay = 0
+            generate(server, tmp_path, max_requests=8)
+        assert len(server.bodies) == 8
+
+
+def test_files_with_a_byte_order_mark_and_instructions_without_words(tmp_path, undisturbed):
+    seeds = tmp_path / "seeds.jsonl"
+    seeds.write_bytes(b"\xef\xbb\xbf" + (ROOT / "seed_tasks.jsonl").read_bytes())
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "regen.json").write_bytes(b"\xef\xbb\xbf" + undisturbed)
+    with TeacherServer(answer=lambda prompt: " \n4. Input:\n<noinput>\n4. Output:\nYes") as server:
+        limits = {"min_words": 0, "seed_tasks_path": str(seeds), "max_requests": 3, "concurrency": 1}
+        for _ in range(2):
+            with fails(ExitCode.BUDGET):
+                generate(server, tmp_path / "run", num_instructions_to_generate=100, **limits)
+    assert (tmp_path / "run" / "regen.json").read_bytes() == undisturbed
 
 
 def test_a_second_process_is_told_who_works_there(tmp_path):

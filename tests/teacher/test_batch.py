@@ -88,8 +88,13 @@ def test_refusals(tmp_path, status, line, match):
         )
         server.batch_line = lambda number, body: line
         with fails(ExitCode.API, match):
-            batched(server, tmp_path)
+            batched(server, tmp_path, max_requests=50)
         assert len(server.batches) == 1
+        if status == "failed":  # its file was not even accepted: nothing was asked, and nothing counts
+            assert not [record for record in records(tmp_path) if "fault" in record]
+            server.batch_status, server.batch_line = lambda batch, polls: "completed", lambda number, body: None
+            batched(server, tmp_path, max_requests=50)
+            assert len(json.loads((tmp_path / "regen.json").read_text())) >= 60
 
 
 def test_a_field_that_the_model_does_not_take_is_renamed_in_the_next_batch(tmp_path, undisturbed):
