@@ -70,7 +70,7 @@ def test_rows_that_repeat_evaluation_tasks_are_left_out_and_listed(finished, cap
     export(str(finished), against=str(finished / "tasks.jsonl"))
     assert json.loads((finished / "alpaca_data.json").read_text()) == ENTRIES[1:]  # the same words, on another text
     out = capsys.readouterr().out
-    assert "2 examples in" in out and "left out 1 that repeat" in out
+    assert "2 examples in" in out and "1 left out, which repeat" in out
     assert "row 0 repeats task 1 (1.00): Name three rivers" in out
     with fails(ExitCode.USAGE, "a file that this reads"):
         export(str(finished), path=str(finished / "tasks.jsonl"), against=str(finished / "tasks.jsonl"), overwrite=True)
