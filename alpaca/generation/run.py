@@ -19,7 +19,7 @@ from alpaca.generation.directory import say
 from alpaca.generation.self_instruct import Collection, write_regen
 from alpaca.teacher.batch import run_batch
 from alpaca.teacher.client import NOTHING, Stopped, Teacher
-from alpaca.teacher.request_log import Meter, budget_error
+from alpaca.teacher.request_log import Meter, UsedUp, budget_error
 
 TYPICAL_KEPT = 12  # of an answer, until answers tell; for projections and for how many requests to start
 MOST_WITHOUT_NEW = 100  # answers in a row with nothing new: the teacher or the settings are no good, stop paying
@@ -160,6 +160,7 @@ class Run:
         tasks: set[asyncio.Task] = set()
         stop = asyncio.create_task(self.teacher.stopping.wait())
         failure: Exception | None = None
+        used_up: UsedUp | None = None
         try:
             while True:
                 try:
@@ -182,7 +183,9 @@ class Run:
                 done, _ = await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
                 tasks -= done
                 for error in [task.exception() for task in done - {stop}]:
-                    if isinstance(error, ExpectedError):
+                    if isinstance(error, UsedUp):
+                        used_up = error  # for a further attempt; those that wait to be sent have been counted
+                    elif isinstance(error, ExpectedError):
                         failure = failure or error
                     elif error and not isinstance(error, Stopped):
                         raise error  # the disk is full, or a bug
@@ -191,7 +194,7 @@ class Run:
                 task.cancel()
             await asyncio.gather(*tasks, stop, return_exceptions=True)
         if not self.collection.full and not self.interrupted:
-            raise failure or budget_error(self.meter.exhausted())
+            raise failure or used_up or budget_error(self.meter.exhausted())
 
     async def ask_first(self, count: int) -> None:
         """Only the first requests, one after the other, as far as they have no answer."""

@@ -14,6 +14,7 @@ FAST = 1.15  # the pace grows so much with each answer, until it comes near what
 NEAR = 0.93  # of what was too much
 CREEP = 0.004  # from there it grows by this share in a second, and half as fast each time the limit proves to be known
 SOON = 8  # answers; a server that has had enough before as many was asked far too fast
+SHORT = 0.05  # seconds; pauses that short, time and again, cost less than a pace that is too low
 LONGEST_WAIT = 60.0  # seconds, where the server does not say
 
 
@@ -61,6 +62,7 @@ class Gate:
         self._limited_at: float | None = None  # when the server last had enough, until requests leave again
         self._begun: float | None = None  # when requests began to leave, since it last had enough
         self._sent = self._refused = 0  # since then
+        self._pauses = [math.inf] * 3  # seconds, the last ones
         self._grown_at = 0.0
         self._turns = asyncio.Lock(), asyncio.Lock()  # of new requests, and of those that come again
         self._again = 0  # how many come again
@@ -141,6 +143,7 @@ class Gate:
         if seconds is None or self.limits_in_a_row > 2:  # a server that has been wrong twice is not believed
             seconds = max(seconds or 0.0, backoff)
         self.open_at = max(self.open_at, now + seconds)
+        self._pauses = [*self._pauses[1:], seconds]
         self.most = max(1, math.ceil(self.in_flight / 2))
 
     def choose_pace(self, now: float) -> None:
@@ -149,6 +152,8 @@ class Gate:
         if passed > 0:  # or else the pause was too short, which says nothing of the pace
             granted = passed / (now - self._begun)
             self.most = max(self.most, math.ceil(granted * self.latency))  # what that pace needs (Little's law)
+            if (pause := max(self._pauses)) < SHORT:
+                granted = max(granted, 1 / max(pause, 1e-3))
             if self.pace == math.inf:
                 self.pace = granted
             else:

@@ -83,8 +83,12 @@ class Meter:
         self.unknown += never_received
 
 
-def budget_error(flag: str) -> ExpectedError:
-    return ExpectedError(
+class UsedUp(ExpectedError):
+    """A limit of the run is reached; what is in flight may still come in."""
+
+
+def budget_error(flag: str) -> UsedUp:
+    return UsedUp(
         f"--{flag} is used up; everything so far is saved: raise it and run the same command again to go on",
         ExitCode.BUDGET,
     )

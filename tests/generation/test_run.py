@@ -442,6 +442,62 @@ def one_task(prompt):
     return answer_text([task])
 
 
+def dirty(server, body, attempt):
+    """Three answers of ten are one of the ways in which teachers and servers of many kinds spoil a set of tasks."""
+    prompt = body["messages"][0]["content"]
+    rng = random.Random(f"{attempt} {prompt[-300:]}")
+    if attempt > 8 or rng.random() >= 0.3:
+        return None
+    text = one_task(prompt)
+    draft = text.replace("Output:\n", "Output:\nDRAFT ").strip()
+    cut = answer_text([{"instruction": "CUT off in the middle of it", "input": "", "output": "CUT"}], 5)[1:]
+    message, reason, used = {
+        "filtered": ({}, "content_filter", 0),
+        "refused": ({"content": None, "refusal": "DIRT"}, "stop", 10),
+        "thinking": ({"content": f"<think>\n4. Instruction: {draft}\n</think>\n\n4. Instruction:{text}"}, "stop", 500),
+        "no opening tag": ({"content": f"DIRT {draft}\n</think>\n\n4. Instruction:{text}"}, "stop", 500),
+        "beside": ({"content": text, "reasoning_content": draft}, "stop", 500),
+        "parts": ({"content": [{"type": "thinking", "thinking": draft}, {"type": "text", "text": text}]}, "stop", 500),
+        "closing": ({"content": f"{text}\n###\n\nThat completes the list of 20 tasks. DIRT"}, "stop", 500),
+        "token": ({"content": f"{text}<|im_end|>"}, "stop", 500),
+        "cut": ({"content": f"{text}\n###\n5. Instruction: {cut}"}, "stop", 3072),
+        "no input": ({"content": text.replace("<noinput>", "N/A")}, "stop", 500),
+    }.get(way := rng.choice(DIRT), (None, None, None))
+    server.ways[way] += 1
+    if way in (429, 503, 413):
+        return error(way, "tokens per minute (TPM): Limit 9, Used 8, Requested 2", "rate_limit", Retry_After_Ms="5")
+    if way == 400:
+        return error(400, "Input text data may contain inappropriate content.", "data_inspection_failed")
+    choice = {"index": 0, "finish_reason": reason, "message": {"role": "assistant", **message}}
+    usage = {"prompt_tokens": 1000, "completion_tokens": used}
+    return web.json_response({"model": "m", "choices": [choice], "usage": usage})
+
+
+DIRT = ["filtered", "refused", "thinking", "no opening tag", "beside", "parts", "closing", "token", "cut", "no input"]
+DIRT += [429, 503, 413, 400]
+TWICE = (429, 503, 413)  # asked again
+
+
+def dirty_run(tmp_path, requests):
+    with TeacherServer(fault=dirty, answer=one_task) as server:
+        server.ways = collections.Counter()
+        with fails(ExitCode.BUDGET, "max_requests is used up"):
+            generate(server, tmp_path, num_instructions_to_generate=10**6, max_requests=requests, concurrency=32)
+    limited = sum(server.ways[way] for way in TWICE)
+    assert sum(server.ways.values()) > requests / 5 and len(server.bodies) == requests + limited
+    kept = answers(tmp_path)
+    assert len(kept) == requests == len({record["request"] for record in kept})  # nothing lost, nothing twice
+    # Nothing dirty: each row is a task that the teacher wrote, whole; and all that it wrote well is there.
+    seeds = read_seed_tasks(str(ROOT / "seed_tasks.jsonl"), 3)
+    prompts = {r["request"]: encode_prompt(sample_seed_tasks(seeds, r["request"], 0, 3)) for r in kept}
+    wrote = {tuple(task.values()) for prompt in prompts.values() for task in tasks_for(prompt, 1)}
+    rows = json.loads((tmp_path / "regen.json").read_text())
+    unknown = [row for row in rows if (row["instruction"], row["input"], row["output"]) not in wrote]
+    assert not unknown and len(rows) > requests / 20
+    replay(str(tmp_path))
+    assert json.loads((tmp_path / "regen.json").read_text()) == rows
+
+
 def faulty_run(tmp_path, requests):
     with TeacherServer(fault=random_faults(0.3), answer=one_task) as server:
         with fails(ExitCode.BUDGET, "max_requests is used up"):
@@ -470,3 +526,12 @@ def test_a_thousand_requests_with_thirty_percent_faults(tmp_path):
 @pytest.mark.soak
 def test_ten_thousand_requests_with_thirty_percent_faults(tmp_path):
     faulty_run(tmp_path, 10_000)
+
+
+def test_a_thousand_requests_with_thirty_percent_dirt(tmp_path):
+    dirty_run(tmp_path, 1000)
+
+
+@pytest.mark.soak
+def test_ten_thousand_requests_with_thirty_percent_dirt(tmp_path):
+    dirty_run(tmp_path, 10_000)
