@@ -43,6 +43,8 @@ bench: .venv/installed-dev
 	python benchmarks/bench_weight_diff.py
 	python benchmarks/bench_dedup.py
 	python benchmarks/bench_growth.py
+	python benchmarks/bench_rate_gate.py
+	python benchmarks/bench_resume.py
 	python benchmarks/bench_startup.py
 	python benchmarks/plan_sharding.py
 

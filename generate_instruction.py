@@ -1,36 +1,26 @@
 """Self-instruct data generation (Wang et al. 2022, with Alpaca's changes): a teacher writes tasks after seed tasks.
 
-python -m generate_instruction generate_instruction_following_data --output_dir ./ --num_instructions_to_generate 52000
-python -m generate_instruction replay --output_dir ./            # regen.json again from the paid answers, for free
-python -m generate_instruction export --output_dir ./ --path alpaca_data.json        # the file to train on
+python -m generate_instruction preview --output_dir generated/                   # three requests, to look at
+python -m generate_instruction generate_instruction_following_data --output_dir generated/ \\
+    --num_instructions_to_generate 52000
+python -m generate_instruction replay --output_dir generated/     # regen.json again from the paid answers, for free
+python -m generate_instruction export --output_dir generated/     # the file to train on, generated/alpaca_data.json
 
 Every answer is kept in requests.jsonl before it is used, and regen.json is a function of that file alone. Run the same
 command again after whatever happened: it goes on, and ends with the bytes of an uninterrupted run.
 """
 
-import asyncio
 import contextlib
-import hashlib
-import json
-import math
+import inspect
 import os
-import typing
-from collections.abc import Callable
+import sys
 from typing import Any
 
-from alpaca.common import ExitCode, ExpectedError, jdump, jload, run_commands, run_main
-from alpaca.data.words import TOKENIZATION
-from alpaca.generation.parsing import (
-    BLACKLIST,
-    DEFAULT_LIMITS,
-    PARSER,
-    Limits,
-    find_word_in_string,
-    post_process_gpt3_response,
-)
-from alpaca.generation.run import (
-    Run,
-    begin_or_continue,
+from alpaca.common import ExitCode, ExpectedError, run_commands, run_main
+from alpaca.generation.arguments import checked
+from alpaca.generation.decisions import Decisions
+from alpaca.generation.directory import (
+    answers_of,
     last_settings,
     locked,
     open_log,
@@ -38,20 +28,19 @@ from alpaca.generation.run import (
     use_logged_answers,
     write_and_summarize,
 )
-from alpaca.generation.self_instruct import (
-    TASKS_PER_PROMPT,
-    Collection,
-    check_seed_tasks,
-    encode_prompt,
-    prompt_text,
-    read_seed_tasks,
-    sample_seed_tasks,
-)
-from alpaca.teacher.client import DEFAULT_MODEL, OpenAIDecodingArguments, Teacher
+from alpaca.generation.export import write_examples
+from alpaca.generation.parsing import BLACKLIST, DEFAULT_LIMITS, find_word_in_string, post_process_gpt3_response
+from alpaca.generation.prepare import limits_of, prepared
+from alpaca.generation.preview import describe
+from alpaca.generation.self_instruct import Collection, encode_prompt
+from alpaca.teacher.client import DEFAULT_MODEL
+from alpaca.teacher.loops import run_anywhere
 from alpaca.teacher.request_log import Meter
 
 # What people import from here; it lives in self_instruct and parsing.
 __all__ = ["encode_prompt", "find_word_in_string", "generate_instruction_following_data", "post_process_gpt3_response"]
+
+PREVIEWED = 3  # requests
 
 
 def generate_instruction_following_data(
@@ -61,14 +50,15 @@ def generate_instruction_following_data(
     model_name: str = DEFAULT_MODEL,
     num_prompt_instructions: int = 3,
     request_batch_size: int = 5,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
+    temperature: float | None = None,
+    top_p: float | None = None,
     num_cpus: int = 16,
     seed: int = 0,
     api: str = "chat",
     base_url: str | None = None,
     concurrency: int | None = None,
     max_tokens: int = 3072,
+    extra_body: str | None = None,
     max_attempts: int = 10,
     sleep_time: float = 2.0,
     timeout: float = 600.0,
@@ -99,19 +89,20 @@ def generate_instruction_following_data(
         model_name: the teacher's name at the server.
         num_prompt_instructions: seed tasks in each prompt.
         request_batch_size: requests in flight at the same time, unless --concurrency is given.
-        temperature: the teacher's sampling temperature.
-        top_p: the teacher samples from the likeliest tokens that have this probability together.
+        temperature: the teacher's sampling temperature; by default its server's own, which mostly is 1.
+        top_p: the teacher samples from the likeliest tokens that have this probability together; likewise.
         num_cpus: threads that compare instructions, at most as many as there are cores.
         seed: which seed tasks request i shows depends on this and on i only.
         api: "chat", or "completions" for base models on servers that have the legacy endpoint.
         base_url: the server, such as http://127.0.0.1:8000/v1; by default OPENAI_BASE_URL, or else OpenAI.
         concurrency: requests in flight at the same time; by default --request_batch_size.
         max_tokens: of an answer; 0.8 times as many, repeatedly, where the server says that the context is too small.
+        extra_body: more fields of each request, as JSON, such as '{"reasoning_effort": "low"}'.
         max_attempts: at one request, before the run stops with exit code 5.
-        sleep_time: seconds before the first retry; doubles with each further one, up to 60, less up to half at random;
-            a server's Retry-After is obeyed.
+        sleep_time: seconds before the first retry; doubles with each further one, up to 60, less up to half at random.
+            Rate limits are no failures: all requests wait as long as the server says, and go on more slowly.
         timeout: seconds for one attempt.
-        max_requests: stop with exit code 5 before more requests than this, failed ones included.
+        max_requests: stop with exit code 5 before more requests than this, failed ones included, rate limits not.
         max_tokens_total: stop with exit code 5 before more tokens than this, of prompts and answers together.
         price_in: money for a million prompt tokens, for the cost shown and for --max_cost.
         price_out: money for a million answer tokens.
@@ -127,73 +118,37 @@ def generate_instruction_following_data(
         seeds_anyway: True to begin even where the filters would drop most of the seed tasks.
     """
     arguments = checked(generate_instruction_following_data, locals())
-    seed_tasks = read_seed_tasks(str(seed_tasks_path), at_least=num_prompt_instructions)
-    decoding = OpenAIDecodingArguments(max_tokens=max_tokens, temperature=temperature, top_p=top_p)
-    if api == "completions":
-        # A base model would go on for ever. 2023's stops, "20." and the like, cut answers with such a number in them.
-        decoding.stop = [f"\n{TASKS_PER_PROMPT + 1}. Instruction:"]
-    teacher = Teacher(str(model_name), decoding, api, base_url, max_attempts, sleep_time, timeout, say)
-    header = {
-        "seed": seed,
-        "num_prompt_instructions": num_prompt_instructions,
-        "prompts": hashlib.sha256(json.dumps([prompt_text(language), seed_tasks]).encode()).hexdigest(),
-        "seed_instructions": [task["instruction"] for task in seed_tasks],
-        "tokenization": TOKENIZATION,
-        "parser": PARSER,
-    }
-    changeable = ("num_instructions_to_generate", "max_similarity", "min_words", "max_words", "blacklist")
-    changeable += ("model_name", "api", "temperature", "top_p", "max_tokens")
-    settings = {name: arguments[name] for name in changeable}
-
-    def prompt_of(number: int) -> tuple[list[str], str]:
-        tasks = sample_seed_tasks(seed_tasks, number, seed, num_prompt_instructions)
-        return [task["id"] for task in tasks], encode_prompt(tasks, language)
-
-    with locked(output_dir), contextlib.closing(open_log(output_dir)) as log:
-        if not log.records and not seeds_anyway:
-            check_seed_tasks(seed_tasks, Limits(max_similarity, min_words, max_words, tuple(settings["blacklist"])))
-        header = begin_or_continue(log, output_dir, header, settings)
-        collection = Collection(header, settings, num_cpus, say)
-        use_logged_answers(collection, log.records)
-        meter = Meter(max_requests, max_tokens_total, price_in, price_out, max_cost)
-        meter.count_logged(log.records)
-        run = Run(teacher, collection, log, meter, output_dir, prompt_of, max_tokens)
+    with prepared(arguments) as (run, _, _):
         try:
             run.say_what_to_expect()
-            batches = batch_requests if batch_api else 0
-            asyncio.run(run.collect(concurrency or request_batch_size, batches, poll_seconds))
+            asking = run.collect(concurrency or request_batch_size, batch_requests if batch_api else 0, poll_seconds)
+            run_anywhere(asking, run.interrupt)
         except OSError:
             raise  # the disk is full: regen.json stays as it is
         except BaseException:
-            write_and_summarize(collection, meter, output_dir)
+            write_and_summarize(run.collection, run.meter, output_dir, run.teacher.limited)
             raise
-        write_and_summarize(collection, meter, output_dir)
+        write_and_summarize(run.collection, run.meter, output_dir, run.teacher.limited)
 
 
-def checked(function: Callable, arguments: dict[str, Any]) -> dict[str, Any]:
-    """→ the arguments, the blacklist as a list of words. Raises ExpectedError (USAGE) for one that cannot be meant."""
-    for name, kind in typing.get_type_hints(function).items():
-        value, kinds = arguments.get(name), {*typing.get_args(kind)} or {kind}
-        least = {"seed": -math.inf, "min_words": 0}.get(name, 1)  # of whole numbers
-        if value is None and type(None) in kinds:
-            continue
-        if bool in kinds and not isinstance(value, bool):
-            raise ExpectedError(f"--{name} {value}: give True or False", ExitCode.USAGE)
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if int in kinds and not (whole and value >= least):
-            raise ExpectedError(
-                f"--{name} {value}: give a whole number{f' from {least}' if whole else ''}", ExitCode.USAGE
-            )
-        if float in kinds and not ((whole or isinstance(value, float)) and 0 <= value < math.inf):
-            raise ExpectedError(f"--{name} {value}: give a number from 0", ExitCode.USAGE)
-    if arguments.get("max_cost") is not None and None in (arguments["price_in"], arguments["price_out"]):
-        raise ExpectedError("--max_cost needs --price_in and --price_out: no price is built in", ExitCode.USAGE)
-    words = arguments["blacklist"]
-    if isinstance(words, str):  # of the command line: "draw,go to" or "()", also "('draw', 'go to')"
-        words = [word.strip(" '\"") for word in words.strip("()[] ").split(",")]
-    if words is not None:
-        words = [str(word) for word in words if str(word).strip()]
-    return {**arguments, "blacklist": words}
+def preview(**arguments: Any) -> None:
+    """Ask three requests, print their prompts and answers, what would be kept and why the rest not, and stop.
+
+    The flags are those of generate_instruction_following_data, whose run in the same directory uses these answers.
+    """
+    bound = inspect.signature(generate_instruction_following_data).bind(**arguments)
+    bound.apply_defaults()
+    with prepared(checked(generate_instruction_following_data, bound.arguments)) as (run, header, settings):
+        run_anywhere(run.ask_first(PREVIEWED), run.interrupt)
+        fresh = Collection(header, {**settings, "num_instructions_to_generate": sys.maxsize}, 1)
+        for number, answer in answers_of(run.output_dir, PREVIEWED):
+            print(describe(fresh, number, run.prompt_of(number)[1], answer))
+
+
+# Its flags are the other's, for the command line and for --help.
+preview.__signature__ = inspect.signature(generate_instruction_following_data)
+preview.__annotations__ = generate_instruction_following_data.__annotations__
+preview.__doc__ += "\n    Args:\n" + generate_instruction_following_data.__doc__.partition("    Args:\n")[2]
 
 
 def replay(
@@ -225,35 +180,39 @@ def replay(
         settings = last_settings(log.records)
         if settings is None:
             raise ExpectedError(f"{output_dir}: nothing has been asked there yet", ExitCode.USAGE)
+        limits = limits_of(settings)  # of the run; what was decided with them is known
         settings |= {name: given[name] for name in settings.keys() & given.keys() if given[name] is not None}
         collection = Collection(log.records[0]["run"], settings, num_cpus, say)
-        use_logged_answers(collection, log.records, skip_missing)
+        known = output_dir if limits_of(settings) == limits and not skip_missing else None
+        with contextlib.closing(Decisions(log, known, limits)) as decisions:
+            use_logged_answers(collection, log, decisions, skip_missing)
         meter = Meter()
         meter.count_logged(log.records)
         write_and_summarize(collection, meter, output_dir)
 
 
-def export(output_dir: str = "./", path: str = "alpaca_data.json") -> None:
+def export(
+    output_dir: str = "./",
+    path: str | None = None,
+    format: str = "json",
+    against: str | None = None,
+    overwrite: bool = False,
+) -> None:
     """Write the file to train on: regen.json without the similarity fields.
 
     Args:
         output_dir: the run's directory.
-        path: the file to write, a JSON list of {"instruction", "input", "output"}.
+        path: the file to write; by default alpaca_data.json (or .jsonl, or messages.jsonl) in the run's directory.
+        format: "json", a list of {"instruction", "input", "output"}; "jsonl", one a line; "messages", a chat a line.
+        against: a .json or .jsonl file of evaluation tasks; rows that repeat one (ROUGE-L above 0.7) are left out.
+        overwrite: True to replace a file that exists.
     """
-    source = os.path.join(str(output_dir), "regen.json")
-    try:
-        entries = jload(source)
-        examples = [{part: entry[part] for part in ("instruction", "input", "output")} for entry in entries]
-    except FileNotFoundError:
-        raise ExpectedError(f"no {source}; give the --output_dir of a run", ExitCode.USAGE)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ExpectedError(f"{source}: {error!r}; make it again with replay", ExitCode.DATA)
-    jdump(examples, path)
-    print(f"{len(examples)} examples in {path}")
+    checked(export, locals())
+    write_examples(str(output_dir), path and str(path), format, against and str(against), overwrite)
 
 
 def main() -> None:
-    commands = (generate_instruction_following_data, replay, export)
+    commands = (preview, generate_instruction_following_data, replay, export)
     run_commands({command.__name__: command for command in commands}, name="python -m generate_instruction")
 
 

@@ -5,7 +5,8 @@ Importing this module costs nothing: neither torch nor openai is imported at the
 
 from alpaca.common import jdump, jload
 from alpaca.prompts import PROMPT_DICT, format_prompt
-from alpaca.teacher.client import Completion, OpenAIDecodingArguments, openai_completion
+from alpaca.teacher.client import OpenAIDecodingArguments
+from alpaca.teacher.completion import Completion, openai_completion
 
 __all__ = [
     "PROMPT_DICT",

@@ -325,5 +325,5 @@ def jload(f: Any, mode: str = "r") -> Any:
     """Read JSON from a path or an open file."""
     if hasattr(f, "read"):
         return json.load(f)
-    with open(f, mode, encoding=None if "b" in mode else "utf-8") as file:
+    with open(f, mode, encoding=None if "b" in mode else "utf-8-sig") as file:  # editors may leave a byte order mark
         return json.load(file)

@@ -256,24 +256,24 @@ def reason_to_drop(instruction: str, output: str, limits: Limits, tokenization: 
     return None if output else "empty output"
 
 
-def parse_response(
+def judge_tasks(
     num_prompt_instructions: int,
     response: dict[str, Any],
     limits: Limits = DEFAULT_LIMITS,
     tokenization: str = TOKENIZATION,
     parser: int = PARSER,
-) -> tuple[list[dict[str, str]], collections.Counter]:
-    """An answer {"text", "finish_reason"} → tasks {"instruction", "input", "output"}, and rejections by reason."""
-    tasks, rejected = [], collections.Counter()
+) -> list[tuple[dict[str, str], str | None]]:
+    """An answer {"text", "finish_reason"} → for each task {"instruction", "input", "output"} ({} where nothing could be
+    read), and why it is not kept (None: it passes the filters)."""
     reason = response["finish_reason"]
     text = response["text"].replace("\r\n", "\n").replace("\r", "\n")
     if not text.strip():
-        rejected[{"content_filter": "filtered answer", "refusal": "refused answer"}.get(reason, "empty answer")] += 1
-        return tasks, rejected
+        return [({}, {"content_filter": "filtered answer", "refusal": "refused answer"}.get(reason, "empty answer"))]
     cut = reason == "length" if parser == 1 else not _WHOLE.match(str(reason or ""))
+    judged: list[tuple[dict[str, str], str | None]] = []
     for task in (read_tasks_1 if parser == 1 else read_tasks)(text, num_prompt_instructions + 1, cut):
         if isinstance(task, str):
-            rejected[task] += 1
+            judged.append(({}, task))
             continue
         instruction, given, output = task
         if parser == 1:
@@ -281,11 +281,15 @@ def parse_response(
         else:
             instruction, given, output = map(clean_field, task)
             given, output = "" if has_no_input(given) else given, "" if has_no_output(output) else output
-        if fault := reason_to_drop(instruction, output, limits, tokenization):
-            rejected[fault] += 1
-            continue
-        tasks.append({"instruction": instruction, "input": given, "output": output})
-    return tasks, rejected
+        fault = reason_to_drop(instruction, output, limits, tokenization)
+        judged.append(({"instruction": instruction, "input": given, "output": output}, fault))
+    return judged
+
+
+def parse_response(*arguments: Any, **rules: Any) -> tuple[list[dict[str, str]], collections.Counter]:
+    """What judge_tasks makes of an answer → the tasks that pass the filters, and the rejections by reason."""
+    judged = judge_tasks(*arguments, **rules)
+    return [task for task, fault in judged if not fault], collections.Counter(fault for _, fault in judged if fault)
 
 
 def post_process_gpt3_response(num_prompt_instructions: int, response: dict[str, Any] | None) -> list[dict[str, str]]:

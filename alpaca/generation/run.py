@@ -1,142 +1,32 @@
-"""A generation run: what its output directory holds, and the loop that asks until enough is kept."""
+"""A generation run: the loop that asks until enough is kept."""
 
 import asyncio
 import collections
-import contextlib
-import fcntl
 import functools
 import itertools
 import math
 import os
 import shutil
-import signal
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from tqdm import tqdm
 
-from alpaca.common import ExitCode, ExpectedError, jload
+from alpaca.common import ExitCode, ExpectedError
+from alpaca.generation.decisions import Decisions
+from alpaca.generation.directory import say
 from alpaca.generation.self_instruct import Collection, write_regen
 from alpaca.teacher.batch import run_batch
-from alpaca.teacher.client import Stopped, Teacher
-from alpaca.teacher.request_log import Log, Meter, budget_error
+from alpaca.teacher.client import NOTHING, Stopped, Teacher
+from alpaca.teacher.request_log import Meter, UsedUp, budget_error
 
 TYPICAL_KEPT = 12  # of an answer, until answers tell; for projections and for how many requests to start
 MOST_WITHOUT_NEW = 100  # answers in a row with nothing new: the teacher or the settings are no good, stop paying
-DRAIN_SECONDS = 10  # what is in flight may take this long after an interruption
+MOST_EMPTY = 3  # answers in a row that came to the token limit before their first word
+CUT = ("length", "max_tokens", "model_length", "MAX_TOKENS")  # what servers call it
 KEPT_OF_A_FAULT = 20_000  # characters of a broken answer, for inspection
 WRITE_SECONDS = 60  # between two writings of regen.json during a run
-
-
-@contextlib.contextmanager
-def locked(output_dir: str) -> Iterator[None]:
-    """Only one process works in an output directory; the lock goes with the process, however that ends."""
-    try:
-        os.makedirs(output_dir, exist_ok=True)
-        file = open(os.path.join(output_dir, ".lock"), "a+")
-    except OSError as error:
-        raise ExpectedError(f"{output_dir}: {error.strerror}; choose a writable --output_dir", ExitCode.DISK)
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise ExpectedError(
-                f"{output_dir} is in use by {file.read().strip() or 'another process'}; wait for it or choose another",
-                ExitCode.LOCKED,
-            )
-        for name in os.listdir(output_dir):  # what a killed process may have left of writing regen.json
-            if name.startswith(".regen.json.") and name.endswith(".tmp"):
-                os.unlink(os.path.join(output_dir, name))
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {os.uname().nodename}, since {time.ctime()}\n")
-        file.flush()
-        yield
-
-
-def open_log(output_dir: str) -> Log:
-    try:
-        log = Log(os.path.join(output_dir, "requests.jsonl"))
-    except OSError as error:
-        raise ExpectedError(f"{error.filename}: {error.strerror}; choose a writable --output_dir", ExitCode.DISK)
-    if log.cut_off:
-        say(f"requests.jsonl: cut off {log.cut_off} bytes of a last line that was not finished")
-    return log
-
-
-def say(message: str) -> None:
-    tqdm.write(message, file=sys.stderr)
-
-
-def entries_without_log(output_dir: str) -> list[dict[str, Any]]:
-    """The entries of a regen.json that has no log, such as the 2023 script's. Raises ExpectedError (DATA)."""
-    path = os.path.join(output_dir, "regen.json")
-    if not os.path.exists(path):
-        return []
-    try:
-        entries = jload(path)
-        if not all(isinstance(entry[part], str) for entry in entries for part in ("instruction", "input", "output")):
-            raise TypeError("instruction, input and output must be texts")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ExpectedError(f"{path}: {error!r}; repair it or move it away", ExitCode.DATA)
-    say(f"{path}: {len(entries)} instructions of an earlier run count as kept")
-    return entries
-
-
-def begin_or_continue(log: Log, output_dir: str, header: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """Begin the log with all that regen.json depends on, or compare with what it begins with. → the log's header."""
-    if not log.records:
-        header |= {"already_kept": entries_without_log(output_dir)}
-        log.append({"run": header})
-    else:
-        for name, value in header.items():
-            # A run that is older than a rule goes on without it.
-            if (known := log.records[0]["run"].get(name, value)) != value:
-                change = f"{name} {known} → {value}" if isinstance(value, int) else name
-                raise ExpectedError(
-                    f"{output_dir} holds a run of another kind ({change}); restore that or choose another --output_dir",
-                    ExitCode.USAGE,
-                )
-        header = log.records[0]["run"]
-    if settings != last_settings(log.records):
-        log.append({"settings": settings})
-    return header
-
-
-def last_settings(records: list[dict[str, Any]]) -> dict[str, Any] | None:
-    return next((record["settings"] for record in reversed(records) if "settings" in record), None)
-
-
-def use_logged_answers(collection: Collection, records: list[dict[str, Any]], skip_missing: bool = False) -> None:
-    """The log's answers, in order of their requests; behind a gap (a request to be made again) they wait."""
-    answers = sorted((record for record in records if "answer" in record), key=lambda record: record["request"])
-    for record in tqdm(answers, desc="reading requests.jsonl", disable=None, leave=False):
-        if skip_missing:
-            collection.answers = max(collection.answers, record["request"])
-        collection.waiting.setdefault(record["request"], record)
-        collection.advance()
-
-
-def write_and_summarize(collection: Collection, meter: Meter, output_dir: str) -> None:
-    """Write regen.json, and print the run in a few lines."""
-    write_regen(collection, output_dir)
-
-    def counts(counter: collections.Counter) -> str:
-        return ", ".join(f"{reason} {count}" for reason, count in counter.most_common()) or "none"
-
-    waiting, kept = len(collection.waiting), collection.kept
-    print(
-        f"{len(collection.entries)} of {collection.target} instructions in {os.path.join(output_dir, 'regen.json')}\n"
-        f"  {kept} kept from {collection.answers} answers"
-        + (f"; {waiting} more in the log, not needed or not yet in turn" if waiting else "")
-        + f"\n  rejected: {counts(collection.rejected)}\n"
-        f"  {meter.requests} requests, of them faults: {counts(meter.faults)}\n"
-        f"  {meter.tokens} tokens"
-        + (f", {meter.tokens / kept:.0f} a kept example" if kept else "")
-        + (f", cost {meter.cost:.4f}" if any(meter.prices.values()) else "")
-    )
 
 
 class Run:
@@ -146,18 +36,22 @@ class Run:
         self,
         teacher: Teacher,
         collection: Collection,
-        log: Log,
+        decisions: Decisions,
         meter: Meter,
         output_dir: str,
         prompt_of: Callable[[int], tuple[list[str], str]],  # request number → ids of its seed tasks, prompt
         max_tokens: int,  # of an answer
     ):
-        self.teacher, self.collection, self.log, self.meter = teacher, collection, log, meter
+        self.teacher, self.collection, self.meter = teacher, collection, meter
+        self.decisions, self.log = decisions, decisions.log
         self.output_dir, self.prompt_of = output_dir, prompt_of
-        prompt_tokens = max(len(prompt_of(number)[1]) for number in range(20)) // 3  # four characters a token, and some
-        meter.largest = {"prompt_tokens": prompt_tokens, "completion_tokens": max_tokens}
-        self.answered = {record["request"] for record in log.records if "answer" in record}
+        # Three bytes a token: English has four, Chinese one character, which is three.
+        prompt_tokens = max(len(prompt_of(number)[1].encode()) for number in range(20)) // 3
+        largest = {"prompt_tokens": prompt_tokens, "completion_tokens": max_tokens}
+        meter.largest = {name: max(meter.largest[name], most) for name, most in largest.items()}
+        self.answered = {record["request"] for record in self.log.records if "answer" in record}
         self.new_answers = 0  # of this process
+        self.empty = 0  # new answers in a row that the teacher spent on thinking
         self.batch_failures: collections.Counter[int] = collections.Counter()  # by request, in this process
         self.interrupted: int | None = None  # exit code
         self.written = time.monotonic(), len(collection.entries)  # regen.json: when, and how many
@@ -175,14 +69,18 @@ class Run:
             "model": answer["model"],
             "batch": batch,
         }
-        self.log.append(record)
+        place = self.log.append(record)
         self.meter.count_usage(answer["usage"], batch)
         self.answered.add(number)
         self.new_answers += 1
-        self.collection.waiting[number] = record
+        if record["answer"].strip():
+            self.empty = 0
+        elif record["finish_reason"] in CUT:
+            self.empty += 1
+        self.collection.waiting[number] = {**record, "place": place}
 
     def keep_fault(self, number: int, kind: str, raw: str = "", usage: dict | None = None, batch: bool = False) -> None:
-        usage = usage or {"prompt_tokens": 0, "completion_tokens": 0}
+        """`usage` None: nobody knows what it cost."""
         self.log.append(
             {"request": number, "fault": kind, "raw": raw[:KEPT_OF_A_FAULT], "usage": usage, "batch": batch}
         )
@@ -205,7 +103,7 @@ class Run:
 
     async def advance(self) -> None:
         """Use the answers whose turn has come, show where the run is, and write regen.json now and then."""
-        await asyncio.to_thread(self.collection.advance)
+        await asyncio.to_thread(self.decisions.advance, self.collection)
         collection, meter = self.collection, self.meter
         shown = {"kept/answer": f"{collection.kept / max(1, collection.answers):.1f}", "in_flight": meter.in_flight}
         shown |= {"tokens": meter.tokens} | ({"cost": f"{meter.cost:.2f}"} if any(meter.prices.values()) else {})
@@ -215,6 +113,14 @@ class Run:
         if count < len(collection.entries) and time.monotonic() - when > WRITE_SECONDS:
             await asyncio.to_thread(write_regen, collection, self.output_dir)
             self.written = time.monotonic(), len(collection.entries)
+        if self.empty >= MOST_EMPTY:
+            raise ExpectedError(
+                f"{self.empty} answers in a row came to their token limit before the first word: the teacher spends it "
+                "on thinking; everything so far is saved: raise --max_tokens, or have it think less, with what its "
+                """server knows: --extra_body '{"reasoning_effort": "low"}' or """
+                """'{"chat_template_kwargs": {"enable_thinking": false}}'""",
+                ExitCode.BUDGET,
+            )
         if min(collection.answers_without_new, self.new_answers) >= MOST_WITHOUT_NEW and not collection.full:
             raise ExpectedError(
                 f"the last {collection.answers_without_new} answers gave nothing new; everything so far is saved: look "
@@ -230,9 +136,6 @@ class Run:
 
     async def collect(self, concurrency: int, batch_requests: int, poll_seconds: float) -> None:
         """Ask until the target is reached. `batch_requests` 0: live. Raises ExpectedError where it is not reached."""
-        for signal_number in (signal.SIGINT, signal.SIGTERM):
-            exit_code = 128 + signal_number
-            asyncio.get_running_loop().add_signal_handler(signal_number, self.interrupt, exit_code)
         try:
             await self.finish_batch(poll_seconds)
             while batch_requests and not self.collection.full:
@@ -257,7 +160,7 @@ class Run:
         tasks: set[asyncio.Task] = set()
         stop = asyncio.create_task(self.teacher.stopping.wait())
         failure: Exception | None = None
-        deadline = None
+        used_up: UsedUp | None = None
         try:
             while True:
                 try:
@@ -266,7 +169,8 @@ class Run:
                     failure = failure or error
                 if self.collection.full or failure:
                     self.teacher.stopping.set()  # what waits for another attempt need not
-                limit = concurrency if self.new_answers else 1  # the first goes alone: its key may be wrong
+                # The first goes alone: its key may be wrong. So do the next, while there is no word in the answers.
+                limit = concurrency if self.new_answers > self.empty else 1
                 while not self.teacher.stopping.is_set() and len(tasks) < limit:
                     if self.meter.exhausted() or self.requests_wanted(len(tasks)) <= 0:
                         break
@@ -275,16 +179,13 @@ class Run:
                     tasks.add(asyncio.create_task(self.ask(next(numbers))))
                 if not tasks:
                     break
-                if self.interrupted and deadline is None:
-                    deadline = time.monotonic() + DRAIN_SECONDS
-                patience = None if deadline is None else max(0.0, deadline - time.monotonic())
                 awaited = tasks if self.teacher.stopping.is_set() else {*tasks, stop}
-                done, _ = await asyncio.wait(awaited, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
-                if patience == 0.0 and not done:
-                    break
+                done, _ = await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
                 tasks -= done
                 for error in [task.exception() for task in done - {stop}]:
-                    if isinstance(error, ExpectedError):
+                    if isinstance(error, UsedUp):
+                        used_up = error  # for a further attempt; those that wait to be sent have been counted
+                    elif isinstance(error, ExpectedError):
                         failure = failure or error
                     elif error and not isinstance(error, Stopped):
                         raise error  # the disk is full, or a bug
@@ -293,21 +194,43 @@ class Run:
                 task.cancel()
             await asyncio.gather(*tasks, stop, return_exceptions=True)
         if not self.collection.full and not self.interrupted:
-            raise failure or budget_error(self.meter.exhausted())
+            raise failure or used_up or budget_error(self.meter.exhausted())
+
+    async def ask_first(self, count: int) -> None:
+        """Only the first requests, one after the other, as far as they have no answer."""
+        try:
+            for number in range(count):
+                if number in self.answered:
+                    continue
+                if flag := self.meter.exhausted():
+                    raise budget_error(flag)
+                self.meter.count_request()
+                self.meter.in_flight += 1
+                await self.ask(number)
+        except Stopped:
+            raise ExpectedError("interrupted; every answer is saved", self.interrupted)
+        finally:
+            await self.teacher.close()
 
     async def ask(self, number: int) -> None:
         """One request, with its retries, into the log. The caller has counted the first attempt."""
-        attempts = itertools.count(1)
+        attempts = 0
 
         def before() -> None:
-            if next(attempts) > 1:
+            nonlocal attempts
+            if attempts:
+                if flag := self.meter.exhausted(0):
+                    raise budget_error(flag)
                 self.meter.count_request()
+            attempts += 1
+            self.log.append({"asked": number}, sync=False)  # so that it counts even if this process is killed
 
         try:
             on_fault = functools.partial(self.keep_fault, number)
             self.keep_answer(number, await self.teacher.ask(self.prompt_of(number)[1], before, on_fault))
         finally:
             self.meter.in_flight -= 1
+            self.meter.requests -= not attempts  # it has not even been sent
 
     def begin_batch(self, most: int) -> None:
         """Remember which requests the next batch is to hold, as many as needed and as the limits allow."""
@@ -339,7 +262,7 @@ class Run:
                 continue
             self.meter.requests += 1
             if isinstance(result, str):
-                self.keep_fault(number, result, batch=True)
+                self.keep_fault(number, result, usage=NOTHING, batch=True)
                 self.batch_failures[number] += 1
             else:
                 self.keep_answer(number, result, batch=True)
@@ -370,8 +293,8 @@ class Run:
             f"{requests * sum(usual.values()):,} tokens{cost} (at {self.kept_per_answer():.0f} kept an answer), "
             f"at most {requests * sum(largest.values()):,} tokens"
         )
-        # Bytes: the log, and regen.json twice.
-        needed = requests * 5 * largest["completion_tokens"] + 3 * collection.target * 1500
+        # Bytes: the log, the decisions, and regen.json twice.
+        needed = requests * 5 * largest["completion_tokens"] + 4 * collection.target * 1500
         free = shutil.disk_usage(self.output_dir).free
         if free < needed:
             raise ExpectedError(

@@ -71,7 +71,7 @@ def read_seed_tasks(path: str, at_least: int) -> list[dict[str, str]]:
     """seed_tasks.jsonl → [{"id", "instruction", "input", "output"}], of each task's first instance. Raises (DATA)."""
     tasks = []
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
@@ -132,13 +132,13 @@ class Collection:
         limits = {name: settings[name] for name in Limits._fields}
         self.limits = Limits(**{**limits, "blacklist": tuple(limits["blacklist"])})
         self.workers = min(num_cpus, os.cpu_count() or 1)  # threads
-        self._rules = {"tokenization": header.get("tokenization", "ascii"), "parser": header.get("parser", 1)}
-        self._encode = TokenEncoder(self._rules["tokenization"])
+        self.rules = {"tokenization": header.get("tokenization", "ascii"), "parser": header.get("parser", 1)}
+        self.encode = TokenEncoder(self.rules["tokenization"])
         self._say = say
         self.instructions = list(header["seed_instructions"])
         self.entries = [_entry_text(entry) for entry in header["already_kept"]]
         self.instructions += [entry["instruction"] for entry in header["already_kept"]]
-        self._encoded = [self._encode(instruction) for instruction in self.instructions]
+        self.encoded = [self.encode(instruction) for instruction in self.instructions]
         self.rejected: collections.Counter[str] = collections.Counter()
         self.answers = 0  # used so far; the next to be used is that of the request of this number
         self.kept = 0  # tasks of these answers
@@ -149,23 +149,18 @@ class Collection:
     def full(self) -> bool:
         return len(self.entries) >= self.target
 
-    def advance(self) -> None:
-        """Use the waiting answers in order, up to the target. An answer is used whole: it is paid for."""
-        while not self.full and self.answers in self.waiting:
-            self.add(self.waiting.pop(self.answers))
-
     def add(self, record: dict[str, Any]) -> None:
         response = {"text": record["answer"], "finish_reason": record["finish_reason"]}
-        tasks, rejected = parse_response(self.num_prompt_instructions, response, self.limits, **self._rules)
+        tasks, rejected = parse_response(self.num_prompt_instructions, response, self.limits, **self.rules)
         if rejected["unreadable answer"] and not self.rejected["unreadable answer"]:
             begins = " ".join(record["answer"].split())[:SHOWN_OF_AN_ANSWER]
             self._say(
                 f"request {self.answers}: nothing could be read in its answer, which begins: {begins} (said once)"
             )
-        encoded = [self._encode(task["instruction"]) for task in tasks]
-        pool = len(self._encoded)
+        encoded = [self.encode(task["instruction"]) for task in tasks]
+        pool = len(self.encoded)
         # One call for the whole answer, its tasks against each other included: of those columns only the kept count.
-        all_scores = rouge_l(encoded, self._encoded + encoded, workers=self.workers)  # (tasks, pool + tasks)
+        all_scores = rouge_l(encoded, self.encoded + encoded, workers=self.workers)  # (tasks, pool + tasks)
         kept: list[int] = []
         for index, task in enumerate(tasks):
             scores = np.concatenate([all_scores[index, :pool], all_scores[index, [pool + other for other in kept]]])
@@ -176,9 +171,24 @@ class Collection:
             task["avg_similarity_score"] = float(np.mean(scores)) if len(scores) else 0.0
             self.entries.append(_entry_text(task))
             self.instructions.append(task["instruction"])
-            self._encoded.append(encoded[index])
+            self.encoded.append(encoded[index])
             kept.append(index)
         self.rejected += rejected
+        self.answers += 1
+        self.kept += len(kept)
+        self.answers_without_new = 0 if kept else self.answers_without_new + 1
+
+    def new_instructions(self, before: int) -> list[str]:
+        """The instructions of the entries from number `before` on."""
+        return self.instructions[len(self.instructions) - len(self.entries) + before :]
+
+    def restore(self, kept: list[tuple[str, str]], rejected: dict[str, int]) -> None:
+        """An answer of which it is known what is kept: instructions, and entries as they stand in regen.json."""
+        for instruction, entry in kept:
+            self.entries.append(entry)
+            self.instructions.append(instruction)
+            self.encoded.append(self.encode(instruction))
+        self.rejected += collections.Counter(rejected)
         self.answers += 1
         self.kept += len(kept)
         self.answers_without_new = 0 if kept else self.answers_without_new + 1
@@ -202,4 +212,6 @@ def _entry_text(entry: dict[str, Any]) -> str:
 
 def write_regen(collection: Collection, output_dir: str) -> None:
     with atomic_write(os.path.join(output_dir, "regen.json")) as file:
-        file.write("[" + ",".join("\n    " + entry for entry in collection.entries) + "\n]")
+        for number, entry in enumerate(collection.entries):
+            file.write((",\n    " if number else "[\n    ") + entry)
+        file.write("\n]" if collection.entries else "[\n]")

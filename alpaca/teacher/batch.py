@@ -25,6 +25,8 @@ async def run_batch(
     client = teacher.client
     endpoint = "/v1/chat/completions" if teacher.api == "chat" else "/v1/completions"
     bodies = {number: teacher.body(prompt) for number, prompt in prompts.items()}
+    for body in bodies.values():
+        body.pop("stream", None)  # no field of a batch
     if "input_file_id" not in batch:
         requests = (
             {"custom_id": f"request-{number}", "method": "POST", "url": endpoint, "body": body}
@@ -52,6 +54,13 @@ async def run_batch(
         if state.status in ("completed", "expired", "cancelled", "failed"):
             break
         await teacher.sleep(poll_seconds)
+    if state.status == "failed":  # its file was refused: nothing was asked, and nothing is paid
+        problems = "; ".join(str(problem.message) for problem in (state.errors and state.errors.data) or [])
+        return {}, ExpectedError(
+            f"batch {state.id} failed: {teacher.redact(problems) or 'no reason given'}; "
+            "if it is too large for the account's queue, lower --batch_requests",
+            ExitCode.API,
+        )
     results: dict[int, dict[str, Any] | str] = {number: f"batch {state.status}" for number in bodies}
     refusal = None
     for file_id in filter(None, (state.output_file_id, state.error_file_id)):
@@ -62,13 +71,6 @@ async def run_batch(
                 results[number] = result
             if error and not (error["remedy"] == "request" and teacher.drop_refused_fields(error)):
                 refusal = error
-    if state.status == "failed":
-        problems = "; ".join(str(problem.message) for problem in (state.errors and state.errors.data) or [])
-        return results, ExpectedError(
-            f"batch {state.id} failed: {teacher.redact(problems) or 'no reason given'}; "
-            "if it is too large for the account's queue, lower --batch_requests",
-            ExitCode.API,
-        )
     return results, refusal and await teacher.refusal(refusal)
 
 
@@ -106,4 +108,4 @@ def _read_line(teacher: Teacher, line: str, bodies: dict[int, dict]) -> tuple[in
     error = teacher.read_error(status, payload)
     if error["remedy"] == "skip":
         return number, teacher.filtered_answer(), None
-    return number, f"HTTP {status}", None if error["remedy"] == "retry" else error
+    return number, f"HTTP {status}", None if error["remedy"] in ("retry", "limit") else error

@@ -1,29 +1,31 @@
 """Answers of an OpenAI-compatible teacher: chat completions and legacy completions.
 
-Retries are bounded and made here; the openai client's own are off, so that every request is counted.
+Retries are bounded and made here; the openai client's own are off, so that every request is counted. Rate limits are no
+failures: they hold up all requests at the gate.
 """
 
 import asyncio
-import concurrent.futures
+import collections
 import contextlib
 import dataclasses
-import functools
-import os
 import random
 import re
-import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
-from urllib.parse import urlsplit
-
-from tqdm import tqdm
 
 from alpaca.common import ExitCode, ExpectedError
-from alpaca.teacher.replies import BadAnswer, read_answer, read_error, retry_after_seconds
+from alpaca.teacher.connection import Connection
+from alpaca.teacher.gate import Gate, Stopped
+from alpaca.teacher.replies import BadAnswer, read_answer, read_error
 
 DEFAULT_MODEL = "gpt-5.4-mini"  # what replaced the retired completion models in the price range; change it here only
 SMALLEST_MAX_TOKENS = 64  # below this a request that does not fit the context is given up
 MOST_AMENDMENTS = 30  # of one request's fields, before it is refused for good
+FEWEST_LIMITS = 5  # rate limits in a row, with longer and longer waits, before the run is given up
+NOTHING = {"prompt_tokens": 0, "completion_tokens": 0}  # the usage of a request that the server turned down
+MAYBE_PAID = (408, 504, 522, 524)  # a gateway gave up waiting; the server behind it may have gone on
+NEVER_ARRIVED = ("ConnectError", "ConnectTimeout", "ProxyError", "LocalProtocolError")  # httpx's, before sending
+EVENT_STREAM = "event stream"
 LARGEST_ANSWER = 64 * 2**20  # bytes; a body that does not end is cut here
 
 
@@ -32,7 +34,7 @@ class OpenAIDecodingArguments:
     """How the teacher decodes; names and defaults of 2023. `stream` has no effect: answers are collected whole."""
 
     max_tokens: int = 1800
-    temperature: float = 0.2
+    temperature: float | None = 0.2  # None: the server's own
     top_p: float = 1.0
     n: int = 1
     stream: bool = False
@@ -46,10 +48,6 @@ class OpenAIDecodingArguments:
 
 class Filtered(Exception):
     """The server's content filter declines this prompt: an empty answer, and no reason to stop the others."""
-
-
-class Stopped(Exception):
-    """The run is ending; this request was waiting for its next attempt and is given up."""
 
 
 class Teacher:
@@ -74,37 +72,34 @@ class Teacher:
 
         if api not in ("chat", "completions"):
             raise ExpectedError(f"--api {api}: choose chat or completions", ExitCode.USAGE)
-        base_url = base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
-        if urlsplit(base_url).scheme not in ("http", "https") or not urlsplit(base_url).hostname:
-            raise ExpectedError("--base_url is no URL; write it like http://127.0.0.1:8000/v1", ExitCode.USAGE)
-        self.host = urlsplit(base_url).netloc.rpartition("@")[2]  # for messages: without user and password
-        self._key = os.environ.get("OPENAI_API_KEY", "").strip()
-        if not self._key and self.host == "api.openai.com":
-            raise ExpectedError(
-                "no API key: set the environment variable OPENAI_API_KEY, or --base_url for a server of your own",
-                ExitCode.API,
-            )
         self._openai = openai
-        # Servers of one's own mostly want no key, but the client wants a value.
-        self.client = openai.AsyncOpenAI(api_key=self._key or "none", base_url=base_url, max_retries=0, timeout=timeout)
+        self.connection = Connection(base_url, timeout)
+        self.client, self.host, self.redact = self.connection.client, self.connection.host, self.connection.redact
         self.model_name, self.api = model_name or DEFAULT_MODEL, api
         self.max_attempts, self.sleep_time, self.timeout = max_attempts, sleep_time, timeout
         self._parameters = self._decoding_parameters(decoding or OpenAIDecodingArguments(), decoding_kwargs)
         self._refused_fields: set[str] = set()  # fields that the server does not take
         self._notify = notify
-        self.stopping = asyncio.Event()
+        self.gate = Gate(sleep_time)
+        self.stopping = self.gate.stopping
+        self.limited: collections.Counter[str] = collections.Counter()  # answers that only said "too many", by kind
+        if self.connection.proxy and self.connection.is_loopback:
+            notify(
+                f"{self.host} is on this machine, and is{self.connection.way_around_proxy()}".replace("(", "", 1)[:-1]
+            )
 
     def _decoding_parameters(self, decoding: OpenAIDecodingArguments, extra: dict[str, Any]) -> dict[str, Any]:
-        """Decoding arguments → body fields. Beside the sampling ones only what differs from the API's defaults is sent:
-        many servers refuse fields that they do not know. `stream` is never sent: answers are collected whole."""
+        """Decoding arguments → body fields. What is at the API's default is not sent: many servers refuse fields that
+        they do not know, and some models take only one of temperature and top_p. `stream` is sent as False: some
+        servers stream unless they are told not to, and answers are collected whole."""
         chat = self.api == "chat"
         # OpenAI's reasoning models only take the new name, most other servers only the old one.
         limit = "max_completion_tokens" if chat and self.host == "api.openai.com" else "max_tokens"
-        fields = {limit: decoding.max_tokens, "temperature": decoding.temperature, "top_p": decoding.top_p}
-        optional = {"n": 1, "stop": None, "presence_penalty": 0.0, "frequency_penalty": 0.0}
-        optional |= {"suffix": None, "logprobs": None, "echo": False}
+        fields = {limit: decoding.max_tokens, "stream": False}
+        optional = {"temperature": None, "top_p": 1.0, "n": 1, "stop": None}
+        optional |= {"presence_penalty": 0.0, "frequency_penalty": 0.0, "suffix": None, "logprobs": None, "echo": False}
         for name, default in optional.items():
-            if (value := getattr(decoding, name)) != default:
+            if (value := getattr(decoding, name)) != default and value is not None:
                 fields[name] = list(value) if isinstance(value, tuple) else value
         fields |= extra
         if chat:
@@ -123,10 +118,6 @@ class Teacher:
         message = prompt if isinstance(prompt, dict) else {"role": "user", "content": prompt}
         return {"model": self.model_name, "messages": [message], **self._parameters}
 
-    def redact(self, text: str) -> str:
-        """Servers quote keys in their error texts; no log or message of ours may."""
-        return text.replace(self._key, "[key]") if self._key else text
-
     async def ask(
         self,
         prompt: str | dict[str, str],
@@ -135,13 +126,13 @@ class Teacher:
     ) -> dict[str, Any]:
         """→ {"choices": [{"text", "finish_reason", "index", "logprobs"}, …], "usage": …, "model": …}.
 
-        `before` is called ahead of each HTTP request (and may raise), `on_fault(kind, raw, usage)` after each failed
-        one: raw may be "", and usage None.
+        `before` is called ahead of each attempt (and may raise), `on_fault(kind, raw, usage)` after each failed one:
+        raw may be "", and usage None where the request may have been paid for and nobody knows how much. An attempt
+        that meets a rate limit waits at the gate and goes on as the same attempt.
         """
         max_tokens = None  # shortened for this request only: what others ask must not depend on it
 
         async def attempt():
-            before()
             body = self.body(prompt)
             for name in ("max_tokens", "max_completion_tokens"):
                 if name in body and max_tokens is not None:
@@ -150,20 +141,20 @@ class Teacher:
 
         def amend(error: dict[str, Any]) -> bool:
             nonlocal max_tokens
-            if error["remedy"] != "shorten":
+            if error["remedy"] not in ("shorten", "limit"):
                 return self.drop_refused_fields(error)
             fields = self._parameters
             max_tokens = int(0.8 * (max_tokens or fields.get("max_tokens") or fields.get("max_completion_tokens")))
             if max_tokens < SMALLEST_MAX_TOKENS:
                 raise ExpectedError(
-                    f"the prompt does not fit the context of {self.model_name}; "
+                    f"the prompt does not fit the context of {self.model_name} ({self.host}: {error['message']}); "
                     "use a model with a longer one or a smaller --num_prompt_instructions",
                     ExitCode.API,
                 )
             return True
 
         try:
-            return await self.with_retries(attempt, on_fault, amend)
+            return await self.with_retries(attempt, on_fault, amend, before)
         except Filtered:
             return self.filtered_answer()
 
@@ -177,47 +168,82 @@ class Teacher:
         attempt: Callable[[], Awaitable],
         on_fault: Callable[..., None] = lambda kind, raw="", usage=None: None,
         amend: Callable[[dict[str, Any]], bool] = lambda error: False,
+        before: Callable[[], None] = lambda: None,
     ) -> Any:
-        """Await `attempt()` until it gives a result: exponential backoff with jitter, Retry-After obeyed, bounded."""
-        failed = amended = 0
+        """Await `attempt()` until it gives a result: exponential backoff with jitter, bounded; rate limits wait."""
+        failed = amended = limited = 0
+        begun = False  # an attempt that met a rate limit goes on without being counted again
         while True:
-            server_wait = None
-            try:
-                return await asyncio.wait_for(attempt(), self.timeout)
-            except self._openai.APIStatusError as failure:
-                error = self.read_error(failure.status_code, failure.response.text)
-                if error["remedy"] == "skip":
-                    raise Filtered
-                kind = "context too long" if error["remedy"] == "shorten" else f"HTTP {failure.status_code}"
-                on_fault(kind, error["message"])
-                if error["remedy"] in ("shorten", "request") and amended < MOST_AMENDMENTS and amend(error):
+            error: dict[str, Any] = {}
+            async with self.gate.place(again=begun) as place:
+                if not begun:
+                    before()
+                    begun = True
+                try:
+                    answer = await asyncio.wait_for(attempt(), self.timeout)
+                    place.succeeded()
+                    return answer
+                except self._openai.APIStatusError as failure:
+                    error = self.read_error(failure.status_code, failure.response.text, failure.response.headers)
+                    kind, raw = f"HTTP {failure.status_code}", error["message"]
+                    usage = None if failure.status_code in MAYBE_PAID else NOTHING
+                    if error["remedy"] == "limit":
+                        place.limited(error["wait"])
+                except BadAnswer as failure:
+                    kind, raw, usage = failure.kind, self.redact(failure.raw), failure.usage
+                except (asyncio.TimeoutError, self._openai.APITimeoutError):
+                    kind, raw, usage = "timeout", "", None
+                except self._openai.APIConnectionError as failure:
+                    kind, raw = "no connection", self.redact(str(failure.__cause__ or failure))
+                    usage = NOTHING if type(failure.__cause__).__name__ in NEVER_ARRIVED else None
+            if error.get("remedy") == "limit":
+                limited += 1
+                self.count_limit(kind, error)
+                if error["too_large"] and limited > 1 and amended < MOST_AMENDMENTS and amend(error):
                     amended += 1
-                    continue
-                if error["remedy"] != "retry":
-                    raise await self.refusal(error)
-                server_wait = retry_after_seconds(failure.response.headers)
-            except BadAnswer as failure:
-                kind = failure.kind
-                on_fault(kind, self.redact(failure.raw), failure.usage)
-            except (asyncio.TimeoutError, self._openai.APITimeoutError):
-                kind = "timeout"
-                on_fault(kind)
-            except self._openai.APIConnectionError as failure:
-                kind = "no connection"
-                on_fault(kind, self.redact(str(failure.__cause__ or failure)))
+                continue
+            if error.get("remedy") == "skip":
+                raise Filtered
+            begun = False
+            on_fault("context too long" if error.get("remedy") == "shorten" else kind, raw, usage)
+            if error.get("remedy") in ("shorten", "request") and amended < MOST_AMENDMENTS and amend(error):
+                amended += 1
+                continue
+            if kind == EVENT_STREAM:
+                raise ExpectedError(
+                    f'{self.host} streams its answers (server-sent events), although "stream": false was sent; '
+                    "switch that off in the server or in the gateway before it",
+                    ExitCode.API,
+                )
+            if error and error["remedy"] != "retry":
+                raise await self.refusal(error)
             failed += 1
             if failed >= self.max_attempts:
+                said = f" (which said: {raw[:200]})" if error else ""
                 raise ExpectedError(
                     f"{failed} attempts at one request to {self.host} failed, the last with: {kind}; "
-                    "everything so far is saved: look at the server, then run the same command again",
+                    f"everything so far is saved: look at the server{said}{self.connection.way_around_proxy()}, "
+                    "then run the same command again",
                     ExitCode.BUDGET,
                 )
-            wait = min(60.0, self.sleep_time * 2 ** (failed - 1)) * random.uniform(0.5, 1.0)
-            if server_wait is not None:
-                wait = server_wait * random.uniform(1.0, 1.05)  # never sooner than asked, and not all at once
-                if wait > 60:
-                    self._notify(f"{self.host} asks to wait {wait:.0f} s before the next attempt")
-            await self.sleep(wait)
+            await self.sleep(min(60.0, self.sleep_time * 2 ** (failed - 1)) * random.uniform(0.5, 1.0))
+
+    def count_limit(self, kind: str, error: dict[str, Any]) -> None:
+        """Raises ExpectedError (BUDGET) where there has been nothing but rate limits for long."""
+        if not self.limited:
+            self._notify(
+                f"{self.host} limits the rate: {kind}: {error['message'][:200]} (said once; all requests wait)"
+            )
+        self.limited[kind] += 1
+        if (error["wait"] or 0) > 60:
+            self._notify(f"{self.host} asks to wait {error['wait']:.0f} s before the next attempt")
+        if self.gate.limits_in_a_row >= max(self.max_attempts, FEWEST_LIMITS):
+            raise ExpectedError(
+                f"{self.host} has answered with nothing but its rate limit {self.gate.limits_in_a_row} times in a row, "
+                f"the last: {kind}: {error['message']}; everything so far is saved: run the same command again later, "
+                "or raise the account's limit",
+                ExitCode.BUDGET,
+            )
 
     async def sleep(self, seconds: float) -> None:
         """Sleep, but raise Stopped at once when the run is ending."""
@@ -232,7 +258,9 @@ class Teacher:
         else:
             resource, required = self.client.completions, {"model": body["model"], "prompt": body["prompt"]}
         data = bytearray()
-        async with resource.with_streaming_response.create(**required, extra_body=body) as response:
+        async with resource.with_streaming_response.create(
+            **required, extra_body=body, extra_headers=self.connection.headers
+        ) as response:
             try:
                 async for chunk in response.iter_bytes():
                     data += chunk
@@ -245,16 +273,18 @@ class Teacher:
         return data.decode(errors="replace")
 
     def read_answer(self, text: str, body: dict[str, Any]) -> dict[str, Any]:
-        """A reply to the request `body` → the answer as `ask` gives it, without the key. Raises BadAnswer."""
+        """A reply to the request `body` → the answer as `ask` gives it. Raises BadAnswer, also for one with the key."""
+        if text.lstrip()[:6].startswith(("data:", "event:", ": ")):
+            raise BadAnswer(EVENT_STREAM, text)
         answer = read_answer(text, body)
-        for choice in answer["choices"]:
-            choice["text"] = self.redact(choice["text"])
+        if any(choice["text"] != self.redact(choice["text"]) for choice in answer["choices"]):
+            raise BadAnswer("answer with the key in it", text, answer["usage"])
         model = answer["model"] if isinstance(answer["model"], str) else self.model_name
         return {**answer, "model": self.redact(model)}
 
-    def read_error(self, status: int, text: str) -> dict[str, Any]:
-        """An HTTP error's body → {"status", "remedy", "message", "param"}, without the key."""
-        error = read_error(status, text)
+    def read_error(self, status: int, text: str, headers: Mapping[str, str] | None = None) -> dict[str, Any]:
+        """An HTTP error's body → what replies.read_error makes of it, without the key."""
+        error = read_error(status, text, headers)
         return {**error, "message": self.redact(error["message"])[:500]}
 
     def drop_refused_fields(self, error: dict[str, Any]) -> bool:
@@ -280,10 +310,22 @@ class Teacher:
             "key": ("the key is refused", "set OPENAI_API_KEY to a key that this server accepts"),
             "quota": ("no quota left", "add credit or raise the account's limit, then run the same command again"),
             "model": (f"unknown model {self.model_name}", f"use --model_name {DEFAULT_MODEL}"),
-        }.get(
-            error["remedy"],
-            ("the request is refused", "check --base_url (mostly ends in /v1), --api and the decoding arguments"),
-        )
+            "forbidden": (
+                "the server lets us not in",
+                "the key may not be allowed this model, or this machine's place or network may be barred",
+            ),
+            "size": (
+                "the request is too large for the server or for what stands before it",
+                "use a smaller --num_prompt_instructions or --max_tokens, or raise the limit there",
+            ),
+            "place": (
+                "nothing answers at this address",
+                "check --base_url (mostly ends in /v1) and --api",
+            ),
+        }.get(error["remedy"], ("the request is refused", "check --base_url, --api and the decoding arguments"))
+        if re.search(r"temperature\W+and\W+`?top_p", error["message"]):
+            remedy = "leave out --temperature or --top_p"
+        remedy += self.connection.way_around_proxy()
         if error["remedy"] == "model" and (usable := await self._models()):
             remedy += f", or one that this key can use: {usable}"
         return ExpectedError(
@@ -300,81 +342,3 @@ class Teacher:
 
     async def close(self) -> None:
         await self.client.close()
-
-
-async def _complete_prompts(prompts: list, batch_size: int, n: int, **teacher_arguments) -> list[list[dict]]:
-    """→ for each prompt its n choices, each with the `total_tokens` of its request. Progress on a terminal."""
-    teacher = Teacher(**teacher_arguments, notify=functools.partial(tqdm.write, file=sys.stderr))
-    places = asyncio.Semaphore(batch_size)
-    bar = tqdm(total=len(prompts), desc="prompts", disable=None)
-
-    async def complete(prompt) -> list[dict[str, Any]]:
-        choices = []
-        async with places:
-            while len(choices) < n:  # some servers give one choice whatever n is
-                answer = await teacher.ask(prompt)
-                tokens = sum(answer["usage"].values())
-                choices += [{**choice, "total_tokens": tokens} for choice in answer["choices"]]
-        bar.update()
-        return [{**choice, "index": index} for index, choice in enumerate(choices[:n])]
-
-    try:
-        return await asyncio.gather(*map(complete, prompts))
-    finally:
-        bar.close()
-        await teacher.close()
-
-
-class Completion(dict):
-    """A choice: `text`, `finish_reason`, `total_tokens`, `index` and `logprobs`, readable as attributes and as keys."""
-
-    __getattr__ = dict.__getitem__
-
-
-def openai_completion(
-    prompts: str | Sequence[str] | Sequence[dict[str, str]] | dict[str, str],
-    decoding_args: OpenAIDecodingArguments,
-    model_name: str | None = None,
-    sleep_time: float = 2,
-    batch_size: int = 1,
-    max_instances: int = sys.maxsize,
-    max_batches: int = sys.maxsize,
-    return_text: bool = False,
-    api: str = "chat",
-    base_url: str | None = None,
-    max_attempts: int = 10,
-    **decoding_kwargs: Any,
-) -> Any:
-    """Ask an OpenAI-compatible server to answer prompts, as the function of this name did in 2023.
-
-    Args:
-        prompts: one prompt or a list; a prompt is a text, or with api="chat" a message {"role", "content"}.
-        decoding_args: see OpenAIDecodingArguments.
-        model_name: None for a current default.
-        sleep_time: seconds before the first retry; doubles with each further one, up to 60.
-        batch_size: prompts asked at the same time (each in a request of its own: many servers take no lists).
-        max_instances, max_batches: only the first max_instances, or max_batches * batch_size, prompts are answered.
-        return_text: texts in place of Completions.
-        api: "chat" or "completions" (legacy, for base models).
-        base_url: the server; None for OPENAI_BASE_URL, or OpenAI.
-        max_attempts: attempts at one request.
-        decoding_kwargs: more body fields, such as logit_bias; left out where the server says it does not take them.
-
-    Returns:
-        A list with one Completion for each prompt, or for n > 1 a list of n Completions for each; for a single prompt
-        its item alone.
-
-    Raises ExpectedError where asking again cannot help, or after max_attempts.
-    """
-    single = isinstance(prompts, (str, dict))
-    prompts = [prompts] if single else list(prompts)
-    prompts = prompts[: min(max_instances, max_batches * batch_size)]
-    client = {"api": api, "base_url": base_url, "max_attempts": max_attempts, "sleep_time": sleep_time}
-    arguments = {"model_name": model_name, "decoding": decoding_args, **client, **decoding_kwargs}
-    with concurrent.futures.ThreadPoolExecutor(1) as executor:  # in a notebook this thread has an event loop already
-        work = _complete_prompts(prompts, batch_size, decoding_args.n, **arguments)
-        answers = executor.submit(asyncio.run, work).result()
-    results = [[choice["text"] if return_text else Completion(choice) for choice in choices] for choices in answers]
-    if decoding_args.n == 1:
-        results = [choices[0] for choices in results]
-    return results[0] if single else results

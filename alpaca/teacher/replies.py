@@ -76,45 +76,112 @@ def _message_text(message: dict[str, Any], reason: str | None) -> str | None:
     return content
 
 
-def read_error(status: int, text: str) -> dict[str, Any]:
-    """The error forms of many servers → {"status", "remedy" (see remedy_for), "message", "param"}."""
+def read_error(status: int, text: str, headers: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The error forms of many servers → {"status", "remedy" (see remedy_for), "message", "param", "wait"}.
+
+    "wait" is for how many seconds nobody should ask, None where the server does not say. "too_large": waiting is of no
+    use, since the request alone takes more than a whole minute grants.
+    """
     try:
         payload = json.loads(text)
     except (ValueError, RecursionError):
         payload = {}
+    payload = payload[0] if isinstance(payload, list) and payload else payload
     error = payload.get("error", payload) if isinstance(payload, dict) else payload
     error = error if isinstance(error, dict) else {"message": error}
-    message = str(error.get("message") or error.get("detail") or http.client.responses.get(status))
+    message = str(error.get("message") or error.get("detail") or http.client.responses.get(status) or "no reason given")
     message = " ".join(message.split())
-    code = " ".join(str(error[name]) for name in ("code", "type") if error.get(name))
-    remedy = remedy_for(status, code.lower(), message.lower())
-    return {"status": status, "remedy": remedy, "message": message, "param": str(error.get("param"))}
+    codes = [error.get(name) for name in ("code", "type", "status")]
+    inner = error.get("innererror")  # Azure's
+    codes += [inner.get("code")] if isinstance(inner, dict) else []
+    code = " ".join(str(part) for part in codes if part).lower()
+    wait = retry_after_seconds(headers or {})
+    wait = _wait_in_words(text if payload else "") if wait is None else wait
+    remedy = remedy_for(status, code, f"{message} {_details(error)}".lower(), told_to_wait=wait is not None)
+    limit, requested = (re.search(rf"(?i)\b{name} (\d+)", message) for name in ("limit", "requested"))
+    return {
+        **{"status": status, "remedy": remedy, "message": message, "param": str(error.get("param")), "wait": wait},
+        "too_large": bool(limit and requested and int(requested[1]) > int(limit[1])),
+    }
 
 
-def remedy_for(status: int, code: str, message: str) -> str:
-    """What helps against an HTTP error: "retry", "shorten" (the answer), "skip" (the prompt, which is filtered), or
-    what the user has to see to: "key", "quota", "model", "request".
+def _details(error: dict[str, Any]) -> str:
+    """What Google's and OpenRouter's errors say beside their message."""
+    return " ".join(json.dumps(error[name]) for name in ("details", "metadata") if error.get(name))
 
-    `code` is the error's code or type, `message` its text, both lower-case. Compatible servers agree on neither for a
-    status 400, so the wording is what is left to go by.
+
+# How servers name things, all lower-case, code and message together. They agree on neither for a status, so the wording
+# is what is left to go by.
+_FILTERED = re.compile(
+    r"content_filter|content_policy|content.management.policy|responsible_?ai|data_?inspection_?failed|inappropriate"
+    r"|invalid_prompt|usage polic|moderation|flagged|prohibited_content|safety (system|filter|setting|polic)|sensitive"
+    r"|content (policy|exists risk)|risk control|blocked by .{0,40}(filter|safety|guardrail)|guardrail"
+)
+_RATE = re.compile(
+    r"per[ _-]?(minute|second|min\b|sec\b|hour|day)|/ ?min\b|\b[rt]p[mds]\b|rate.?limit|too many requests|throttl"
+    r"|(retry|try again) (in|after) [\d.]+|retrydelay"
+)
+_CREDIT = re.compile(
+    r"insufficient.{0,12}(quota|balance|credit|fund)|current.{0,10}quota|billing|credit|balance|payment|prepaid|spend"
+    r"|arrear|recharge"
+)
+_KEY = re.compile(
+    r"api.?key|invalid.?(key|token)|access.?(key|token)|authenticat|credential|unauthori[sz]ed|no connected db"
+    r"|no_db_connection|permission_denied"
+)
+_MODEL = re.compile(
+    r"model_?not_?found|model_deprecated|deployment_?not_?found|invalid model|unknown model|no such model|not_exist"
+    r"|(model|deployment)\b.{0,90}(not found|not exist|not have access|no access|deprecated|unavailable|not available"
+    r"|decommissioned|not supported for|not a valid)|not a valid model|(not have|no|denied) access to.{0,20} model"
+    r"|no endpoints found"
+)
+_TOO_LONG = re.compile(
+    r"context_length|context (length|size|window)|maximum (context|model) length|max_model_len|too many tokens"
+    r"|(prompt|input|messages?) (is|are) too long|reduce (the|your) (length|prompt|messages|input)|string_above_max"
+)
+
+
+def remedy_for(status: int, code: str, message: str, told_to_wait: bool = False) -> str:
+    """What helps against an HTTP error: "limit" (all of us wait), "retry", "shorten" (the answer), "skip" (a filtered
+    prompt), or what the user has to see to: "key", "quota", "model", "place", "size", "forbidden", "request".
+
+    `code` is the error's code or type, `message` its text, both lower-case; `told_to_wait`: the server says how long.
     """
-    if "model_not_found" in code or "model_deprecated" in code:
-        return "model"
-    if status in (401, 403):
-        return "key"
-    if status == 402 or "insufficient_quota" in code or "billing" in code or "exceeded your current quota" in message:
-        return "quota"
-    if status in (408, 409, 425, 429) or status >= 500:
-        return "retry"
-    if "context_length" in code or re.search(
-        r"context (length|size|window)|maximum (context|model) length|reduce (the|your) (length|prompt|messages)"
-        r"|(prompt|input) is too long|too many tokens",
-        message,
-    ):
-        return "shorten"
-    if "content_filter" in code or "content_policy" in code or "invalid_prompt" in code:
+    words = f"{code} {message}"
+    if status in (400, 403, 406, 422, 451) and _FILTERED.search(words) and not re.search(r"rate.?limit", words):
         return "skip"
-    return "model" if status == 404 and "model" in message else "request"
+    if status == 402:
+        return "quota"
+    if status == 429 or (status in (400, 403, 413) and _RATE.search(words) and not _MODEL.search(words)):
+        return "quota" if _CREDIT.search(words) and not _RATE.search(words.replace("rate_limit", "")) else "limit"
+    if status in (502, 503, 529) and told_to_wait:
+        return "limit"
+    if status in (408, 409, 425) or status >= 500:
+        return "retry"
+    if _TOO_LONG.search(words):
+        return "shorten"
+    if status == 413:
+        return "size"
+    if _MODEL.search(words) and status != 401:
+        return "model"
+    if status == 401 or _KEY.search(words):
+        return "key"
+    if status in (400, 403) and _CREDIT.search(words):
+        return "quota"
+    if status == 403:
+        return "forbidden"
+    if status in (404, 405):
+        return "model" if status == 404 and "model" in message else "place"
+    return "request"
+
+
+def _wait_in_words(text: str) -> float | None:
+    """The seconds that an error names: `"retryDelay": "1.5s"`, "try again in 1m2.5s", "retry after 26 seconds"."""
+    span = r"\d+(?:\.\d+)? ?(?:ms|[hms])"
+    found = re.search(rf'(?i)"retryDelay": ?"([^"]+)"|(?:retry|again) (?:in|after) ((?:{span}[a-z]* ?)+)', text)
+    parts = re.findall(r"(\d+(?:\.\d+)?) ?(ms|[hms])", (found[1] or found[2]).lower()) if found else []
+    units = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
+    return sum(float(number) * units[unit] for number, unit in parts) if parts else None
 
 
 def retry_after_seconds(headers: Mapping[str, str]) -> float | None:

@@ -37,10 +37,9 @@ def undisturbed(tmp_path_factory):
 
 def generate(server, path, **arguments):
     """A run in this process, with short waits."""
-    arguments = {"num_instructions_to_generate": 60, "sleep_time": 0.01, "num_cpus": 2, **arguments}
-    generate_instruction_following_data(
-        output_dir=str(path), seed_tasks_path=str(ROOT / "seed_tasks.jsonl"), base_url=server.url, **arguments
-    )
+    defaults = {"num_instructions_to_generate": 60, "sleep_time": 0.01, "num_cpus": 2, "base_url": server.url}
+    defaults |= {"output_dir": str(path), "seed_tasks_path": str(ROOT / "seed_tasks.jsonl")}
+    generate_instruction_following_data(**defaults | arguments)
 
 
 def command(server, path, *flags, target=60):
@@ -92,6 +91,11 @@ def random_faults(share, seed=0):
         return error(way, "try again", Retry_After="0.01") if isinstance(way, int) else way
 
     return fault
+
+
+def rate_limits(server):
+    """How many answers of the server only said that it has had enough; its 503s come with a Retry-After."""
+    return server.faults["HTTP 429"] + server.faults["HTTP 503"]
 
 
 def wait_for(condition, seconds=60):

@@ -30,7 +30,7 @@ def test_replay_and_export(tmp_path, undisturbed, capsys):
         assert 0 < len(strict) < 40 and all(len(entry["instruction"].split()) >= 8 for entry in strict)
         replay(str(tmp_path))
         assert len(server.bodies) == asked
-    export(str(tmp_path), path=str(tmp_path / "alpaca_data.json"))
+    export(str(tmp_path))
     examples = json.loads((tmp_path / "alpaca_data.json").read_text())
     kept = json.loads(undisturbed)
     assert examples == [{part: entry[part] for part in ("instruction", "input", "output")} for entry in kept]

@@ -9,12 +9,24 @@ import stat
 import time
 
 import pytest
+from aiohttp import web
 
 from alpaca.common import ExitCode
 from alpaca.generation.self_instruct import encode_prompt, read_seed_tasks, sample_seed_tasks
 from generate_instruction import export, replay
 from tests.conftest import ROOT
-from tests.generation.runs import KEY, answers, fails, finish, generate, random_faults, records, start, wait_for
+from tests.generation.runs import (
+    KEY,
+    answers,
+    fails,
+    finish,
+    generate,
+    random_faults,
+    rate_limits,
+    records,
+    start,
+    wait_for,
+)
 from tests.teacher.teacher_server import TeacherServer, answer_text, error, tasks_for
 
 
@@ -30,8 +42,8 @@ def test_output_is_what_the_teacher_wrote(tmp_path):
     assert (tmp_path / "regen.json").read_text() == json.dumps(entries, indent=4)  # as 2023's jdump lays it out
     assert server.bodies[0] == {
         **{"model": "some-model", "messages": server.bodies[0]["messages"]},
-        **{"max_tokens": 3072, "temperature": 1.0, "top_p": 1.0},
-    }  # no n, no logit_bias, no stop
+        **{"max_tokens": 3072, "stream": False},
+    }  # no n, no logit_bias, no stop, and nothing that was not asked for
     seeds = {task["id"] for task in read_seed_tasks(str(ROOT / "seed_tasks.jsonl"), 3)}
     for record in answers(tmp_path):
         assert len(record["seeds"]) == 3 and seeds.issuperset(record["seeds"])
@@ -47,7 +59,9 @@ def test_same_bytes_whatever_the_concurrency_and_the_faults(tmp_path, undisturbe
     assert (tmp_path / "regen.json").read_bytes() == undisturbed
     assert server.most_in_flight <= concurrency
     assert max(server.answered.values()) == 1
-    assert len(server.bodies) == len(answers(tmp_path)) + sum("fault" in record for record in records(tmp_path))
+    assert len(server.bodies) - rate_limits(server) == len(answers(tmp_path)) + sum(
+        "fault" in r for r in records(tmp_path)
+    )
 
 
 def test_stops_asking_once_enough_are_on_the_way(tmp_path):
@@ -90,7 +104,7 @@ def test_summary_counts_right(tmp_path, capsys):
     with TeacherServer(fault=random_faults(0.3)) as server:
         generate(server, tmp_path, concurrency=4, price_in=1.0, price_out=2.0)
     out = capsys.readouterr().out
-    assert f"{len(server.bodies)} requests" in out
+    assert f"{len(server.bodies) - rate_limits(server)} requests" in out
     for kind, count in server.faults.items():
         assert f"{kind} {count}" in out
     used = answers(tmp_path)
@@ -113,8 +127,13 @@ def test_files_are_private_and_the_key_is_nowhere(tmp_path, capfd):
             return error(500, f"cannot forward with Authorization: Bearer {KEY}")
         return "broken JSON" if attempt == 2 else None
 
-    with TeacherServer(fault=leaky, answer=lambda prompt: answer_text(tasks_for(prompt)) + f" {KEY}") as server:
-        generate(server, tmp_path, max_attempts=3)
+    def quotes_the_key_once(prompt):
+        return answer_text(tasks_for(prompt)) + (f" {KEY}" if server.attempts[prompt] == 3 else "")
+
+    with TeacherServer(fault=leaky, answer=quotes_the_key_once) as server:
+        generate(server, tmp_path, max_attempts=4)
+        faults = collections.Counter(record["fault"] for record in records(tmp_path) if "fault" in record)
+        assert faults["answer with the key in it"] == len(answers(tmp_path)) > 5
         with fails(ExitCode.BUDGET):
             server.fault = lambda *_: error(500, KEY)
             generate(server, tmp_path, num_instructions_to_generate=100, max_attempts=1)
@@ -159,7 +178,9 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path):
     (tmp_path / ".regen.json.abc.tmp").write_text("[")
     with TeacherServer() as server:
         generate(server, tmp_path, num_instructions_to_generate=1)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "regen.json", "requests.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *(".lock", "decisions.jsonl", "regen.json", "requests.jsonl")
+    ]
 
 
 def test_regen_of_the_2023_script_counts_as_kept(tmp_path, undisturbed):
@@ -217,6 +238,85 @@ def test_unwritable_directory(tmp_path):
         assert not server.bodies
 
 
+def thought_away(server, body, attempt):
+    """A chat answer whose tokens all went into thinking."""
+    message = {"role": "assistant", "content": server.thought}
+    choice = {"index": 0, "finish_reason": "length", "message": message}
+    return web.json_response(
+        {"model": "m", "choices": [choice], "usage": {"prompt_tokens": 1100, "completion_tokens": 3072}}
+    )
+
+
+@pytest.mark.parametrize("thought", ["", None])
+def test_a_teacher_that_spends_its_tokens_on_thinking_is_stopped_soon(tmp_path, thought):
+    with TeacherServer(fault=thought_away) as server:
+        server.thought = thought
+        with fails(ExitCode.BUDGET, "3 answers in a row .*thinking.*--max_tokens.*reasoning_effort"):
+            generate(server, tmp_path, concurrency=32)
+        assert len(server.bodies) == 3
+
+
+def empty_answer(reason, message):
+    choice = {"index": 0, "finish_reason": reason, "message": {"role": "assistant", **message}}
+    return {"choices": [choice], "usage": {"prompt_tokens": 1100, "completion_tokens": 10}}
+
+
+@pytest.mark.parametrize(
+    ("response", "named"),
+    [
+        (lambda: web.json_response(empty_answer("content_filter", {})), "filtered answer"),
+        (lambda: web.json_response(empty_answer("stop", {"content": None, "refusal": "no"})), "refused answer"),
+        (lambda: error(400, "may contain inappropriate content", "data_inspection_failed"), "filtered answer"),
+        (lambda: error(403, "requires moderation and your input was flagged", "403"), "filtered answer"),
+    ],
+)
+def test_what_asking_again_cannot_change_is_an_empty_answer_also_after_a_restart(tmp_path, capsys, response, named):
+    def fault(server, body, attempt):
+        return response() if list(server.attempts).index(body["messages"][0]["content"]) % 4 == 1 else None
+
+    with TeacherServer(fault=fault) as server:
+        generate(server, tmp_path, num_instructions_to_generate=20, concurrency=1)
+        generate(server, tmp_path, concurrency=1)
+        assert max(server.attempts.values()) == 1
+    empty = [record for record in answers(tmp_path) if not record["answer"]]
+    assert f"{named} {len(empty)}" in capsys.readouterr().out and len(empty) > 2
+    assert not [record for record in records(tmp_path) if "fault" in record]
+
+
+def test_a_request_that_timed_out_counts_as_the_largest(tmp_path, capsys):
+    largest = 6000  # more than any prompt here and its answer
+    with TeacherServer(delay=lambda: 30 if len(server.bodies) in (2, 3) else 0) as server:
+        with fails(ExitCode.BUDGET, "max_tokens_total"):
+            generate(server, tmp_path, concurrency=1, timeout=0.5, max_tokens_total=20_000)
+    assert server.answered.total() * 1500 + 2 * largest <= 20_000 + 2 * 1500
+    assert "2 requests more were asked and not received" in capsys.readouterr().out
+
+
+def test_what_a_killed_process_asked_counts(tmp_path):
+    with TeacherServer(delay=lambda: 30 if len(server.bodies) > 2 else 0) as server:
+        process = start(server, tmp_path, "--concurrency", "4")
+        wait_for(lambda: server.in_flight == 4)
+        process.kill()
+        process.communicate()
+        with fails(ExitCode.BUDGET, "max_requests"):
+            server.delay = 0
+            generate(server, tmp_path, max_requests=8)
+        assert len(server.bodies) == 8
+
+
+def test_files_with_a_byte_order_mark_and_instructions_without_words(tmp_path, undisturbed):
+    seeds = tmp_path / "seeds.jsonl"
+    seeds.write_bytes(b"\xef\xbb\xbf" + (ROOT / "seed_tasks.jsonl").read_bytes())
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "regen.json").write_bytes(b"\xef\xbb\xbf" + undisturbed)
+    with TeacherServer(answer=lambda prompt: " \n4. Input:\n<noinput>\n4. Output:\nYes") as server:
+        limits = {"min_words": 0, "seed_tasks_path": str(seeds), "max_requests": 3, "concurrency": 1}
+        for _ in range(2):
+            with fails(ExitCode.BUDGET):
+                generate(server, tmp_path / "run", num_instructions_to_generate=100, **limits)
+    assert (tmp_path / "run" / "regen.json").read_bytes() == undisturbed
+
+
 def test_a_second_process_is_told_who_works_there(tmp_path):
     with TeacherServer(delay=0.2) as server:
         first = start(server, tmp_path, "--concurrency", "1", target=30)
@@ -253,16 +353,23 @@ def test_a_second_interruption_leaves_at_once(tmp_path):
         began = time.monotonic()
         assert finish(process)[0] == 130 and time.monotonic() - began < 5
         assert len(answers(tmp_path)) == server.answered.total()
+    asked = [record["asked"] for record in records(tmp_path) if "asked" in record]
+    assert (
+        len(asked) == len(server.bodies) == len(answers(tmp_path)) + 4
+    )  # what was not received is in the log as asked
+    with TeacherServer() as server, fails(ExitCode.BUDGET, "max_requests is used up"):
+        generate(server, tmp_path, max_requests=len(asked))
+    assert not server.bodies
 
 
 @pytest.mark.soak
-def test_a_drain_ends_after_ten_seconds(tmp_path):
-    with TeacherServer(delay=lambda: 60 if len(server.bodies) > 2 else 0) as server:
+def test_an_interruption_waits_for_what_is_in_flight_as_long_as_it_takes(tmp_path):
+    with TeacherServer(delay=lambda: 12 if len(server.bodies) > 2 else 0) as server:
         process = start(server, tmp_path, "--concurrency", "4")
         wait_for(lambda: server.in_flight == 4)
         process.send_signal(signal.SIGINT)
-        began = time.monotonic()
-        assert finish(process)[0] == 130 and 9 < time.monotonic() - began < 20
+        assert finish(process)[0] == 130
+        assert len(answers(tmp_path)) == server.answered.total() == 6
 
 
 def kill_and_resume(tmp_path, kills, expected, target):
@@ -335,11 +442,67 @@ def one_task(prompt):
     return answer_text([task])
 
 
+def dirty(server, body, attempt):
+    """Three answers of ten are one of the ways in which teachers and servers of many kinds spoil a set of tasks."""
+    prompt = body["messages"][0]["content"]
+    rng = random.Random(f"{attempt} {prompt[-300:]}")
+    if attempt > 8 or rng.random() >= 0.3:
+        return None
+    text = one_task(prompt)
+    draft = text.replace("Output:\n", "Output:\nDRAFT ").strip()
+    cut = answer_text([{"instruction": "CUT off in the middle of it", "input": "", "output": "CUT"}], 5)[1:]
+    message, reason, used = {
+        "filtered": ({}, "content_filter", 0),
+        "refused": ({"content": None, "refusal": "DIRT"}, "stop", 10),
+        "thinking": ({"content": f"<think>\n4. Instruction: {draft}\n</think>\n\n4. Instruction:{text}"}, "stop", 500),
+        "no opening tag": ({"content": f"DIRT {draft}\n</think>\n\n4. Instruction:{text}"}, "stop", 500),
+        "beside": ({"content": text, "reasoning_content": draft}, "stop", 500),
+        "parts": ({"content": [{"type": "thinking", "thinking": draft}, {"type": "text", "text": text}]}, "stop", 500),
+        "closing": ({"content": f"{text}\n###\n\nThat completes the list of 20 tasks. DIRT"}, "stop", 500),
+        "token": ({"content": f"{text}<|im_end|>"}, "stop", 500),
+        "cut": ({"content": f"{text}\n###\n5. Instruction: {cut}"}, "stop", 3072),
+        "no input": ({"content": text.replace("<noinput>", "N/A")}, "stop", 500),
+    }.get(way := rng.choice(DIRT), (None, None, None))
+    server.ways[way] += 1
+    if way in (429, 503, 413):
+        return error(way, "tokens per minute (TPM): Limit 9, Used 8, Requested 2", "rate_limit", Retry_After_Ms="5")
+    if way == 400:
+        return error(400, "Input text data may contain inappropriate content.", "data_inspection_failed")
+    choice = {"index": 0, "finish_reason": reason, "message": {"role": "assistant", **message}}
+    usage = {"prompt_tokens": 1000, "completion_tokens": used}
+    return web.json_response({"model": "m", "choices": [choice], "usage": usage})
+
+
+DIRT = ["filtered", "refused", "thinking", "no opening tag", "beside", "parts", "closing", "token", "cut", "no input"]
+DIRT += [429, 503, 413, 400]
+TWICE = (429, 503, 413)  # asked again
+
+
+def dirty_run(tmp_path, requests):
+    with TeacherServer(fault=dirty, answer=one_task) as server:
+        server.ways = collections.Counter()
+        with fails(ExitCode.BUDGET, "max_requests is used up"):
+            generate(server, tmp_path, num_instructions_to_generate=10**6, max_requests=requests, concurrency=32)
+    limited = sum(server.ways[way] for way in TWICE)
+    assert sum(server.ways.values()) > requests / 5 and len(server.bodies) == requests + limited
+    kept = answers(tmp_path)
+    assert len(kept) == requests == len({record["request"] for record in kept})  # nothing lost, nothing twice
+    # Nothing dirty: each row is a task that the teacher wrote, whole; and all that it wrote well is there.
+    seeds = read_seed_tasks(str(ROOT / "seed_tasks.jsonl"), 3)
+    prompts = {r["request"]: encode_prompt(sample_seed_tasks(seeds, r["request"], 0, 3)) for r in kept}
+    wrote = {tuple(task.values()) for prompt in prompts.values() for task in tasks_for(prompt, 1)}
+    rows = json.loads((tmp_path / "regen.json").read_text())
+    unknown = [row for row in rows if (row["instruction"], row["input"], row["output"]) not in wrote]
+    assert not unknown and len(rows) > requests / 20
+    replay(str(tmp_path))
+    assert json.loads((tmp_path / "regen.json").read_text()) == rows
+
+
 def faulty_run(tmp_path, requests):
     with TeacherServer(fault=random_faults(0.3), answer=one_task) as server:
         with fails(ExitCode.BUDGET, "max_requests is used up"):
             generate(server, tmp_path, num_instructions_to_generate=10**6, max_requests=requests, concurrency=32)
-    assert len(server.bodies) == requests
+    assert len(server.bodies) - rate_limits(server) == requests
     kept = answers(tmp_path)
     assert len(kept) == server.answered.total() == len({record["request"] for record in kept})
     # In thousands of draws of three seed tasks some come twice, so prompts are counted, not only compared.
@@ -349,7 +512,10 @@ def faulty_run(tmp_path, requests):
     assert same  # a name of its own: pytest would explain thousands of prompts
     assert all(record["answer"] == one_task(prompts[record["request"]]) for record in kept)
     faults = collections.Counter(record["fault"] for record in records(tmp_path) if "fault" in record)
-    assert faults == server.faults and faults.total() > requests / 5
+    assert (
+        faults == server.faults - collections.Counter({"HTTP 429": 10**9, "HTTP 503": 10**9})
+        and faults.total() > requests / 5
+    )
     assert len(kept) + faults.total() == requests
 
 
@@ -360,3 +526,12 @@ def test_a_thousand_requests_with_thirty_percent_faults(tmp_path):
 @pytest.mark.soak
 def test_ten_thousand_requests_with_thirty_percent_faults(tmp_path):
     faulty_run(tmp_path, 10_000)
+
+
+def test_a_thousand_requests_with_thirty_percent_dirt(tmp_path):
+    dirty_run(tmp_path, 1000)
+
+
+@pytest.mark.soak
+def test_ten_thousand_requests_with_thirty_percent_dirt(tmp_path):
+    dirty_run(tmp_path, 10_000)

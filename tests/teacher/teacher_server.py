@@ -69,6 +69,8 @@ class TeacherServer:
         self.batch_status = lambda batch, polls: "completed"
         self.batch_line = lambda number, body: None  # a result line of its own, or None for a good answer
         self.polls = collections.Counter()
+        self.extra_routes: list[tuple] = []  # path, handler of a POST
+        self.answer_after = 0.0  # seconds from granting a request to its answer; a refusal comes at once
         self.lock = threading.Lock()
 
     # --- completions
@@ -96,6 +98,7 @@ class TeacherServer:
                 return fault
             good = json.dumps(self.payload(body, chat))
             if fault is None:
+                await asyncio.sleep(self.answer_after)
                 self.answered[prompt] += 1
                 return web.Response(text=good, content_type="application/json")
             self.faults[fault] += 1
@@ -190,6 +193,8 @@ class TeacherServer:
         app.router.add_post("/v1/chat/completions", self.completions)
         app.router.add_post("/v1/completions", self.completions)
         app.router.add_get("/v1/models", self.models)
+        for path, handler in self.extra_routes:
+            app.router.add_post(path, handler)
         app.router.add_post("/v1/files", self.upload)
         app.router.add_get("/v1/files/{id}/content", self.content)
         app.router.add_post("/v1/batches", self.create_batch)

@@ -31,16 +31,95 @@ def test_retry_after_in_every_form(headers, seconds):
 
 def test_remedies():
     assert remedy_for(404, "", "the model `x` does not exist.") == "model"
-    assert remedy_for(404, "", "not found") == "request"
+    assert remedy_for(404, "", "not found") == remedy_for(405, "", "method not allowed") == "place"
     assert remedy_for(403, "model_not_found", "project has no access to model x") == "model"
-    assert (
-        remedy_for(429, "rate_limit_exceeded", "rate limit reached")
-        == remedy_for(529, "", "")
-        == remedy_for(408, "", "")
-        == "retry"
-    )
+    assert remedy_for(529, "", "") == remedy_for(408, "", "") == remedy_for(503, "", "overloaded") == "retry"
+    assert remedy_for(503, "", "overloaded", told_to_wait=True) == "limit"
     assert remedy_for(400, "exceed_context_size_error", "the request exceeds the available context size") == "shorten"
     assert remedy_for(413, "", "input is too long") == "shorten"
+    assert remedy_for(413, "", "request entity too large") == "size"
+
+
+def gemini(period):
+    """The form of Google's errors: a list, the word "quota" for everything, and the time to wait in the details."""
+    message = f"You exceeded your current quota, please check your plan and billing details. Limit: 10 {period}."
+    details = [{"violations": [{"quotaId": f"GenerateRequests{period}PerProject"}]}, {"retryDelay": "1.5s"}]
+    return [{"error": {"code": 429, "message": message, "status": "RESOURCE_EXHAUSTED", "details": details}}]
+
+
+TPM = "Request too large for model `x` on tokens per minute (TPM): Limit 6000, Requested %d, please reduce it."
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "headers", "wait", "too_large"),
+    [
+        (429, {"error": {"message": "Rate limit reached", "code": "rate_limit_exceeded"}}, {}, None, False),
+        (429, {"error": {"message": "slow down"}}, {"retry-after": "2"}, 2.0, False),
+        (
+            429,
+            {"error": {"message": "tokens per min (TPM). Please try again in 1m2.5s. See /billing"}},
+            {},
+            62.5,
+            False,
+        ),
+        (429, {"error": {"message": "Please try again in 120ms."}}, {}, 0.12, False),
+        (429, {"error": {"message": "exceeded the token rate limit. Please retry after 26 seconds."}}, {}, 26.0, False),
+        (429, {"error": {"message": "You exceeded your current quota of 3 requests per minute"}}, {}, None, False),
+        (429, gemini("PerMinute"), {}, 1.5, False),
+        (413, {"error": {"message": TPM % 5000, "type": "tokens", "code": "rate_limit_exceeded"}}, {}, None, False),
+        (413, {"error": {"message": TPM % 7000, "type": "tokens", "code": "rate_limit_exceeded"}}, {}, None, True),
+        (503, {"error": {"message": "busy"}}, {"retry-after": "1"}, 1.0, False),
+    ],
+)
+def test_rate_limits(status, body, headers, wait, too_large):
+    error = read_error(status, json.dumps(body), headers)
+    assert (error["remedy"], error["wait"], error["too_large"]) == ("limit", wait, too_large)
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "code"),
+    [
+        (429, "You exceeded your current quota, please check your plan and billing details.", "insufficient_quota"),
+        (429, "Insufficient balance, please recharge", "1113"),
+        (402, "Payment required", ""),
+        (400, "Your credit balance is too low to access the API", "invalid_request_error"),
+        (403, "Your team has used all available credits", ""),
+    ],
+)
+def test_credit_is_no_rate_limit(status, message, code):
+    assert read_error(status, json.dumps({"error": {"message": message, "code": code}}))["remedy"] == "quota"
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [
+        (400, {"code": "data_inspection_failed", "message": "Input text data may contain inappropriate content."}),
+        (400, {"code": "content_filter", "message": "triggering the content management policy"}),
+        (400, {"code": 400, "message": "x", "innererror": {"code": "ResponsibleAIPolicyViolation"}}),
+        (403, {"code": 403, "message": "Your chosen model requires moderation and your input was flagged"}),
+        (403, {"code": 403, "message": "refused", "metadata": {"reasons": ["x"], "flagged_input": "y"}}),
+        (400, {"message": "Content Exists Risk"}),
+    ],
+)
+def test_filtered_prompts(status, error):
+    assert read_error(status, json.dumps({"error": error}))["remedy"] == "skip"
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "remedy"),
+    [
+        (400, "litellm.BadRequestError: Invalid model name passed in model=x. Call `/v1/models` for your key", "model"),
+        (400, "Authentication Error, No connected db.", "key"),
+        (400, "API key not valid. Please pass a valid API key.", "key"),
+        (404, "The API deployment for this resource does not exist.", "model"),
+        (403, "Project `x` does not have access to model `y`", "model"),
+        (403, "Country, region, or territory not supported", "forbidden"),
+        (403, None, "forbidden"),
+        (404, 'model "x" not found, try pulling it first', "model"),
+    ],
+)
+def test_verdicts_go_by_what_the_server_says(status, message, remedy):
+    assert read_error(status, json.dumps({"error": {"message": message}}))["remedy"] == remedy
 
 
 @pytest.mark.parametrize(

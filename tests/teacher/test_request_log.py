@@ -6,7 +6,7 @@ import pytest
 
 from alpaca.common import ExitCode
 from generate_instruction import replay
-from tests.generation.runs import answers, fails, generate, random_faults
+from tests.generation.runs import answers, fails, generate, random_faults, rate_limits
 from tests.teacher.teacher_server import TeacherServer
 
 
@@ -23,8 +23,9 @@ def test_limits_are_never_exceeded_and_the_run_goes_on_when_raised(tmp_path, und
     with TeacherServer(delay=0.01, fault=random_faults(0.2)) as server:
         with fails(ExitCode.BUDGET, f"--{next(iter(limit))} is used up; everything so far is saved"):
             generate(server, tmp_path, concurrency=8, **limit)
-        paid = len(server.bodies) if "max_requests" in limit else server.answered.total()
-        assert most * 0.6 < paid <= most
+        paid = len(server.bodies) - rate_limits(server) if "max_requests" in limit else server.answered.total()
+        # A request whose cost nobody knows, such as one whose connection was cut, counts as the largest.
+        assert most * (0.6 if "max_requests" in limit else 0.2) < paid <= most
         assert len(answers(tmp_path)) == server.answered.total()
         before = len(server.bodies)
         with fails(ExitCode.BUDGET, "is used up"):  # limits are for the directory, not for each start
