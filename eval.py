@@ -21,7 +21,7 @@ from typing import Any
 from alpaca.common import ROOT, ExitCode, ExpectedError, atomic_write, jdump, notice, run_commands, run_main
 from alpaca.evaluation.judge import VERDICT_SCHEMA, Verdicts, canary_comparisons, prompt_text
 from alpaca.evaluation.pairs import name_of, pair_up, read_answers
-from alpaca.generation.run import locked, open_log, say
+from alpaca.generation.directory import locked, open_log, say
 from alpaca.teacher.client import DEFAULT_MODEL, OpenAIDecodingArguments, Teacher
 from alpaca.teacher.request_log import Meter
 

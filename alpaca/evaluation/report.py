@@ -115,7 +115,7 @@ def build(header: dict, settings: dict, records: Sequence[dict], human: str | No
             report["canary"][name] = {"win_rate": won, "instructions": found["instructions"] - found["missing"]}
     if human:
         report["human"] = compare_with_human(rows, human, header["names"])
-    usage = [record["usage"] for record in records if "request" in record]
+    usage = [record["usage"] for record in records if record.get("usage")]  # None: nobody knows what it cost
     tokens = {name: sum(used[name] for used in usage) for name in ("prompt_tokens", "completion_tokens")}
     prices = settings["price_in"], settings["price_out"]
     money = None

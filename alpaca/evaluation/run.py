@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from alpaca.common import ExitCode, ExpectedError
 from alpaca.evaluation.judge import Verdicts, encode_prompt, verdict_without_judge
-from alpaca.generation.run import last_settings, say
-from alpaca.teacher.client import Stopped, Teacher
+from alpaca.generation.directory import last_settings, say
+from alpaca.teacher.client import Teacher
+from alpaca.teacher.gate import Stopped
 from alpaca.teacher.request_log import Log, Meter, budget_error
 
 WRITTEN = ("report.json", "index.html")  # beside requests.jsonl, the log
@@ -189,7 +190,6 @@ class Judging:
         self.new_replies += 1
 
     def keep_fault(self, number: int, kind: str, raw: str = "", usage: dict | None = None) -> None:
-        usage = usage or {"prompt_tokens": 0, "completion_tokens": 0}
         record = {"request": number, "fault": kind, "raw": raw[:KEPT_OF_A_FAULT], "usage": usage, "batch": False}
         self.log.append(record)
         self.log.records.append(record)

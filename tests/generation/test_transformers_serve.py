@@ -15,7 +15,8 @@ import torch
 import transformers
 
 import inference
-from alpaca.teacher.client import Completion, OpenAIDecodingArguments, openai_completion
+from alpaca.teacher.client import OpenAIDecodingArguments
+from alpaca.teacher.completion import Completion, openai_completion
 from tests.conftest import ROOT
 
 TASKS = [
