@@ -143,6 +143,7 @@ def main() -> None:
             timed([*itself, "make", raw, tuned, old_diff])
         steps = {
             "cp": ["cp", "-r", tuned, out],
+            "cp, and to the disk": ["sh", "-c", f"cp -r {tuned} {out} && sync {out}/*"],
             "make_diff": [*ours, "make_diff", raw, tuned, out],
             "make_diff --verify False": [*ours, "make_diff", raw, tuned, out, "--verify", "False"],
             "make_diff --verify False, safe_open": [*itself, "safe_open", raw, tuned, out],

@@ -159,6 +159,19 @@ class TrainingArguments(TrainingFlags, transformers.TrainingArguments):
                 f"{self.deepspeed} leaves ZeRO shards and no loadable model at the end; set "
                 "stage3_gather_16bit_weights_on_model_save to true, or merge them with zero_to_fp32.py"
             )
+        # Starting DeepSpeed may compile; what the library compares after that, too, is compared here.
+        step = self.per_device_train_batch_size * self.gradient_accumulation_steps * int(os.environ["WORLD_SIZE"])
+        for key, ours in {
+            "train_micro_batch_size_per_gpu": self.per_device_train_batch_size,
+            "gradient_accumulation_steps": self.gradient_accumulation_steps,
+            "train_batch_size": step,
+            "gradient_clipping": self.max_grad_norm,
+        }.items():
+            if config.get(key, "auto") not in ("auto", ours):
+                raise wrong_usage(
+                    f'{self.deepspeed} has {key} {config[key]}, and the flags say {ours}; write "auto" there, or give '
+                    "the same"
+                )
         # DeepSpeed 0.19 calls what torch 2.13 renamed, and each call would say so.
         warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
         if self.use_cpu:

@@ -304,7 +304,7 @@ def test_deepspeeds_fixed_sizes_must_be_those_of_the_flags(base, data, tmp_path)
     rank.join(600)
     said = (tmp_path / "log").read_text()
     assert rank.exitcode == 2 and said.count("error: ") == 1 and "Traceback" not in said, said
-    assert "train_micro_batch_size_per_gpu=4 vs hf per_device_train_batch_size=2" in said
+    assert "fixed.json has train_micro_batch_size_per_gpu 4, and the flags say 2" in said
 
 
 def test_what_windows_lacks_is_not_needed_for_training(base, data, tmp_path):

@@ -187,7 +187,7 @@ sys.meta_path.insert(0, Refuse())
         (["make_diff", "raw", "tuned", "out", "--max_shard_size", "many"], "--max_shard_size many"),
         (["make_diff", "raw", "tuned", "out", "--max_shard_size", "0GB"], "--max_shard_size 0GB"),
         (["make_diff", "raw", "raw", "out"], "are the same"),
-        (["make_diff", "raw", "tuned", "raw"], "is --path_raw raw, which is read"),
+        (["make_diff", "raw", "tuned", "raw"], "which is read; choose another --path_diff"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_2(pair, arguments, problem):
