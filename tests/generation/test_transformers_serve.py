@@ -15,7 +15,7 @@ import torch
 import transformers
 
 import inference
-from alpaca.teacher.client import Completion, OpenAIDecodingArguments, openai_completion
+from alpaca.teacher.completion import Completion, OpenAIDecodingArguments, openai_completion
 from tests.conftest import ROOT
 
 TASKS = [
