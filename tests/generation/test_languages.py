@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-import generate_instruction
 from alpaca.common import ExitCode
+from alpaca.generation.self_instruct import prompt_text
 from alpaca.teacher.request_log import Log
 from generate_instruction import generate_instruction_following_data, replay
 from tests.generation.runs import answers, fails, generate, records
@@ -50,12 +50,12 @@ def test_seeds_that_the_filters_drop_stop_the_run_before_the_first_request(tmp_p
 
 def test_a_prompt_that_names_no_language_is_not_changed_in_silence(tmp_path, monkeypatch):
     with TeacherServer() as server:
-        generate_instruction.prompt_text.cache_clear()
+        prompt_text.cache_clear()
         (tmp_path / "prompt.txt").write_text("Write tasks:")
         monkeypatch.setattr("alpaca.generation.self_instruct.ROOT", tmp_path)
         with fails(ExitCode.USAGE, 'does not say "in English"'):
             chinese_run(server, tmp_path / "out")
-    generate_instruction.prompt_text.cache_clear()
+    prompt_text.cache_clear()
 
 
 @pytest.mark.parametrize("text", ["ordinary", "dirty"])
