@@ -44,7 +44,7 @@ class Decisions:
         self._file.records = []
 
     def advance(self, collection: Collection) -> None:
-        """Use the waiting answers in order, up to the target. An answer is used whole: it is paid for."""
+        """Collection.advance, without deciding anew what is known."""
         while not collection.full and collection.answers in collection.waiting:
             record = collection.waiting.pop(collection.answers)
             if known := self._take(record):

@@ -149,6 +149,11 @@ class Collection:
     def full(self) -> bool:
         return len(self.entries) >= self.target
 
+    def advance(self) -> None:
+        """Use the waiting answers in order, up to the target. An answer is used whole: it is paid for."""
+        while not self.full and self.answers in self.waiting:
+            self.add(self.waiting.pop(self.answers))
+
     def add(self, record: dict[str, Any]) -> None:
         response = {"text": record["answer"], "finish_reason": record["finish_reason"]}
         tasks, rejected = parse_response(self.num_prompt_instructions, response, self.limits, **self.rules)

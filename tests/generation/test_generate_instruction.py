@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from alpaca.common import ExitCode, arguments_of, read_docstring
-from generate_instruction import checked, export, generate_instruction_following_data, replay
+from alpaca.generation.arguments import checked
+from generate_instruction import export, generate_instruction_following_data, preview, replay
 from tests.conftest import ROOT
 from tests.generation.runs import answers, fails, finish, generate, start
 from tests.teacher.teacher_server import TeacherServer
@@ -67,7 +68,7 @@ def test_wrong_usage_is_one_line_before_any_request(tmp_path, flags, match):
 
 
 def test_help_imports_neither_torch_nor_openai():
-    for arguments in (["--help"], ["generate_instruction_following_data", "--help"], ["replay", "--help"]):
+    for arguments in (["--help"], ["generate_instruction_following_data", "--help"], ["preview", "--help"]):
         command = [sys.executable, "-X", "importtime", "-m", "generate_instruction", *arguments]
         result = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True)
         assert result.returncode == 0 and "output_dir" in result.stdout + result.stderr
@@ -124,7 +125,8 @@ def test_the_tables_of_the_documentation_are_the_docstrings(function):
 
 
 def test_every_documented_command_is_understood():
-    commands, found = {f.__name__: f for f in (generate_instruction_following_data, replay, export)}, 0
+    functions = (preview, generate_instruction_following_data, replay, export)
+    commands, found = {f.__name__: f for f in functions}, 0
     for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for line in re.sub("<[^>]*>", "1", path.read_text().replace("\\\n", " ")).splitlines():
             if line.startswith("python -m generate_instruction "):
