@@ -154,18 +154,9 @@ def check_paths(model_args: ModelArguments, data_args: DataArguments, training_a
 
 
 def main() -> None:
-    """`train()`, and the process group closed behind it.
-
-    It can't be closed while another process may still wait inside a collective: after errors that are not raised by all
-    together, such as a disk or a memory that is full for one of them.
-    """
-    together = False
+    """`train()`; a memory that is full is said in a line. `run_rank` ends the process, with its group still open."""
     try:
         train()
-        together = True
-    except ExpectedError as error:
-        together = error.exit_code != ExitCode.DISK
-        raise
     except (RuntimeError, MemoryError) as error:
         if not (problem := memory_problem(error)):
             raise
@@ -174,9 +165,6 @@ def main() -> None:
             "more --gradient_accumulation_steps. What was saved before is whole (--resume_from_checkpoint last)",
             ExitCode.USAGE,
         )
-    finally:
-        if dist.is_initialized() and together:
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -47,8 +47,9 @@ def run_rank(main: Callable[[], Any]) -> None:
 
     A thread of gloo frees the tensors of a collective some time after it is done, and needs Python's lock for it. A
     thread that asks for that lock while the interpreter ends is made to leave (pthread_exit), in C++ that allows no
-    such thing: "terminate called without an active exception", SIGABRT, and the exit code is lost. Closing the process
-    group joins these threads only where nothing else holds the group, and DistributedDataParallel does to the end.
+    such thing: "terminate called without an active exception", SIGABRT, and the exit code is lost. The process group is
+    not closed before, either: that joins these threads where nothing else holds the group, and holds the lock
+    meanwhile, so that both wait for ever (torch 2.13).
     """
     if "WORLD_SIZE" not in os.environ:
         return run_main(main)
