@@ -20,6 +20,7 @@ from alpaca.common import ExitCode, ExpectedError, run_commands, run_main
 from alpaca.generation.arguments import checked
 from alpaca.generation.decisions import Decisions
 from alpaca.generation.directory import (
+    LARGE,
     answers_of,
     last_settings,
     locked,
@@ -176,7 +177,7 @@ def replay(
     given = checked(replay, locals())
     if not os.path.exists(os.path.join(output_dir, "requests.jsonl")):
         raise ExpectedError(f"{output_dir} has no requests.jsonl; give the --output_dir of a run", ExitCode.USAGE)
-    with locked(output_dir), contextlib.closing(open_log(output_dir)) as log:
+    with locked(output_dir), contextlib.closing(open_log(output_dir, LARGE)) as log:
         settings = last_settings(log.records)
         if settings is None:
             raise ExpectedError(f"{output_dir}: nothing has been asked there yet", ExitCode.USAGE)

@@ -43,7 +43,9 @@ class TokenizerLoader:
         try:
             tokenizer = loader.from_pretrained(name, **options)
         except RecursionError:
-            raise ValueError("its tokenizer names an unknown token that is not in its vocabulary")
+            raise ValueError(
+                "endless recursion: an unknown token that is not in the vocabulary, or files nested too deeply"
+            )
         for key in empty:
             if getattr(tokenizer, key) == "":
                 setattr(tokenizer, key, None)

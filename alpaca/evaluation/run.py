@@ -9,7 +9,6 @@ import functools
 import itertools
 import os
 import signal
-import time
 from typing import Any
 
 from tqdm import tqdm
@@ -19,11 +18,10 @@ from alpaca.evaluation.judge import Verdicts, encode_prompt, verdict_without_jud
 from alpaca.generation.directory import last_settings, say
 from alpaca.teacher.client import Teacher
 from alpaca.teacher.gate import Stopped
-from alpaca.teacher.request_log import Log, Meter, budget_error
+from alpaca.teacher.request_log import Log, Meter, UsedUp, budget_error
 
 WRITTEN = ("report.json", "index.html")  # beside requests.jsonl, the log
 MOST_UNREADABLE = 100  # replies in a row without a verdict: this judge gives none, stop paying
-DRAIN_SECONDS = 10  # what is in flight may take this long after an interruption
 KEPT_OF_A_FAULT = 20_000  # characters of a broken reply, for inspection
 USUAL_REPLY = 250  # tokens of a verdict with a few sentences of reasoning, for the projection
 
@@ -113,7 +111,7 @@ class Judging:
         tasks: set[asyncio.Task] = set()
         stop = asyncio.create_task(self.teacher.stopping.wait())
         failure: Exception | None = None
-        deadline = None
+        used_up: UsedUp | None = None
         try:
             while True:
                 if failure:
@@ -127,16 +125,13 @@ class Judging:
                     tasks.add(asyncio.create_task(self.ask(self.queue.popleft())))
                 if not tasks:
                     break
-                if self.interrupted and deadline is None:
-                    deadline = time.monotonic() + DRAIN_SECONDS
-                patience = None if deadline is None else max(0.0, deadline - time.monotonic())
                 awaited = tasks if self.teacher.stopping.is_set() else {*tasks, stop}
-                done, _ = await asyncio.wait(awaited, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
-                if patience == 0.0 and not done:
-                    break
+                done, _ = await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
                 tasks -= done
                 for error in [task.exception() for task in done - {stop}]:
-                    if isinstance(error, ExpectedError):
+                    if isinstance(error, UsedUp):
+                        used_up = error  # for a further attempt; those that wait to be sent have been counted
+                    elif isinstance(error, ExpectedError):
                         failure = failure or error
                     elif error and not isinstance(error, Stopped):
                         raise error  # the disk is full, or a bug
@@ -144,7 +139,8 @@ class Judging:
             for task in {*tasks, stop}:
                 task.cancel()
             await asyncio.gather(*tasks, stop, return_exceptions=True)
-        return failure or (budget_error(self.meter.exhausted()) if self.queue and not self.interrupted else None)
+        at_its_limit = self.queue and not self.interrupted
+        return failure or used_up or (budget_error(self.meter.exhausted()) if at_its_limit else None)
 
     async def ask(self, number: int) -> None:
         """One request, with its retries, into the log; back into the queue where the reply holds no verdict."""

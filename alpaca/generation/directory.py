@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from tqdm import tqdm
@@ -16,6 +16,8 @@ from alpaca.common import ExitCode, ExpectedError, jload
 from alpaca.generation.decisions import Decisions
 from alpaca.generation.self_instruct import Collection, write_regen
 from alpaca.teacher.request_log import Log, Meter
+
+LARGE = ("answer", "raw")  # fields of the log that do not stay in memory
 
 
 @contextlib.contextmanager
@@ -44,9 +46,9 @@ def locked(output_dir: str) -> Iterator[None]:
         yield
 
 
-def open_log(output_dir: str) -> Log:
+def open_log(output_dir: str, left_on_disk: Iterable[str] = ()) -> Log:
     try:
-        log = Log(os.path.join(output_dir, "requests.jsonl"), left_on_disk=("answer", "raw"))
+        log = Log(os.path.join(output_dir, "requests.jsonl"), left_on_disk)
     except OSError as error:
         raise ExpectedError(f"{error.filename}: {error.strerror}; choose a writable --output_dir", ExitCode.DISK)
     if log.cut_off:
