@@ -251,11 +251,13 @@ def test_examples_without_a_response_are_left_out_and_their_records_kept(tmp_pat
 
 def test_bad_data_ends_before_any_model_is_loaded(tmp_path, llama):
     """The weights are no weights, so a run that came so far would fail in another way."""
+    model = tmp_path / "model"
+    model.mkdir()
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / name).write_bytes((llama / name).read_bytes())
-    (tmp_path / "model.safetensors").write_bytes(b"none")
+        (model / name).write_bytes((llama / name).read_bytes())
+    (model / "model.safetensors").write_bytes(b"none")
     result = run(
-        *("train.py", "--model_name_or_path", tmp_path, "--output_dir", tmp_path / "out"),
+        *("train.py", "--model_name_or_path", model, "--output_dir", tmp_path / "out"),
         *("--data_path", write(tmp_path, [{"instruction": "a"}])),
     )
     assert result.returncode == 3
