@@ -77,7 +77,7 @@ def test_one_object_is_one_example(tmp_path):
         ("latin.csv", "instruction,output\nü,b\n".encode("latin-1"), ["not UTF-8"]),
         ("late_latin.csv", b"instruction,output\n" + 9999 * b"a,b\n" + b"\xfc,b\n", ["no valid csv"]),
         ("torn.parquet", b"PAR1xxxx", ["no valid parquet"]),
-        ("torn.json.gz", gzip.compress(b"[]" * 999)[:20], ["damaged gzip"]),
+        ("torn.json.gz", gzip.compress(b"[]" * 999, mtime=0)[:20], ["damaged gzip"]),
         ("book.xlsx", b"PK\x03\x04\xff\xfe", ["not UTF-8", ".csv"]),
         ("numbers.json", "[1, 2]", ["record 0: a number"]),
     ],
