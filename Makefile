@@ -30,8 +30,9 @@ demo: export OMP_NUM_THREADS := 1# a process; torchrun would set the same, and s
 demo: .venv/installed-demo
 	@python -m alpaca.demo.run --base "$(BASE)"
 
+# Two files of tests side by side, each in one thread (tests/conftest.py).
 test: .venv/installed-dev
-	python -m pytest -m "not soak"
+	python -m pytest -n 2 --dist loadfile -m "not soak"
 
 soak: .venv/installed-dev
 	python -m pytest -m soak

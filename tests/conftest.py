@@ -9,6 +9,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network, and none should wait for a time-out
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
+# The models are small, and two threads that wait for each other are slower than one on a machine that does other work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The tests describe a machine without a GPU, here and in every process that they start; only those of test_gpu.py put
 # this into the environment of theirs. torch is not imported yet.
 GPU = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
