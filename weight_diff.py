@@ -11,6 +11,7 @@ wrap around, so the tuned model comes back bit for bit. `weight_diff.json`, writ
 of base, diff and tuned model. A diff without it (the 2023 release) is read as float32 tuned − raw.
 """
 
+import argparse
 import functools
 import math
 from pathlib import Path
@@ -19,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from alpaca.common import ExitCode, ExpectedError, jdump, run_commands, run_main
-from alpaca.prompts import format_prompt
 from alpaca.weights import alpaca_7b, dry_run, output
 from alpaca.weights.arithmetic import Plan, diff_tensor, recover_tensor
 from alpaca.weights.casts import FLOATS
@@ -112,10 +112,12 @@ def make_diff(
             with writer.open(staging):
                 work.run("difference", jobs, sum(p.bytes for p in plans.values()))
             write_manifest(staging, "diff", encoding, entries, writer)
-    recovered = [entry["tuned"] for entry in entries.values() if entry["tuned"]]
-    inexact = sum(tuned["recovered_sha256"] != tuned["sha256"] for tuned in recovered)
-    if inexact:
-        say(f"note: {inexact} of {len(entries)} tensors will not come back bit for bit; --encoding exact does that")
+    if rounded := [p.rounded for p in plans.values() if p.rounded]:
+        total = sum(p.elements for p in plans.values())
+        say(
+            f"note: {sum(rounded):,} of {total:,} elements, in {len(rounded)} of {len(plans)} tensors, "
+            "will not come back bit for bit; --encoding exact does that"
+        )
     say(f"wrote {directory}: {work.summary(writer.total_bytes)}")
 
 
@@ -136,8 +138,8 @@ def recover(
 
     1. Pair the tensors of base and diff; stop at whatever does not fit.
     2. Add, a tensor at a time, into a hidden directory beside path_tuned.
-    3. Read back what was written, piece by piece, and compare its sha256 with the tuned model's in weight_diff.json,
-       where the diff has it. At the first tensor that differs, stop, and find out whether base or diff is at fault.
+    3. Compare the sha256 of what is written with the tuned model's in weight_diff.json, where the diff has it. At the
+       first tensor that differs, stop, and find out whether base or diff is at fault.
     4. Rename the directory when all tensors are right.
 
     Args:
@@ -247,16 +249,15 @@ def ask(directory: Path, device: str) -> None:
         size, free = sum(path.stat().st_size for path in directory.glob("*.safetensors")), available_memory()
         if device == "cpu" and size > free:
             raise MemoryError(f"the model has {size / 1e9:.1f} GB, {free / 1e9:.1f} GB of memory are free")
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from alpaca.answering.model import Sampling, answer, load_model, load_reader  # with torch
 
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, dtype="auto").to(device)
-        prompt = format_prompt({"instruction": "List three technologies that make life easier."})
-        inputs = tokenizer(prompt, return_tensors="pt").to(device)
-        with torch.inference_mode():
-            output = model.generate(inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=100)
-        print(tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True).strip(), flush=True)
+        sampling = Sampling(max_new_tokens=100, temperature=0.0, top_p=1.0, seed=0)
+        reader = load_reader(str(directory))
+        prompt = reader.encode({"instruction": "List three technologies that make life easier."}, 100)
+        model = load_model(
+            argparse.Namespace(model_name_or_path=str(directory), dtype="auto", device=device), reader.tokenizer
+        )
+        print(answer(model, reader, [prompt], sampling)[0].strip(), flush=True)
     except Exception as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         say(f"note: the model is recovered; the test inference could not run: {reason}")

@@ -19,6 +19,7 @@ from alpaca.common import ExitCode, ExpectedError, jdump, keep_inputs, sync_dire
 from alpaca.weights.files import CARRIED_FILES, DTYPE_BYTES, WEIGHT_FILES
 
 SMALL_FILES_BYTES = 16 * 2**20  # config, tokenizer, manifest
+STRETCH = 16 * 2**20  # bytes of a file that are sent to the disk together
 
 
 def shard_bytes(text: Any) -> int:
@@ -78,7 +79,7 @@ class ShardWriter:
         """Create the files at full length (sparse) with their headers; when the block ends, they are on the disk."""
         try:
             for file, header in self.headers.items():
-                self._handles[file] = os.open(directory / file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+                self._handles[file] = os.open(directory / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
                 os.ftruncate(self._handles[file], self.file_sizes[file])
                 self._write(file, memoryview(header), 0)
             if len(self.headers) > 1:
@@ -93,13 +94,12 @@ class ShardWriter:
     def write(self, name: str, start: int, words: np.ndarray) -> None:
         """Put words at element `start` of a tensor; may be called from many threads."""
         file, offset = self._places[name]
-        self._write(file, memoryview(words).cast("B"), offset + start * words.itemsize)
-
-    def read(self, name: str, start: int, words: np.ndarray) -> np.ndarray:
-        """What the file holds where `words` were written."""
-        file, offset = self._places[name]
-        found = os.pread(self._handles[file], words.nbytes, offset + start * words.itemsize)
-        return np.frombuffer(found, np.uint8)
+        begin = offset + start * words.itemsize
+        self._write(file, memoryview(words).cast("B"), begin)
+        block = (begin + words.nbytes) // STRETCH
+        if begin // STRETCH < block and hasattr(os, "posix_fadvise"):
+            # The disk starts on what is there, and little is left to wait for at the end.
+            os.posix_fadvise(self._handles[file], (block - 1) * STRETCH, STRETCH, os.POSIX_FADV_DONTNEED)
 
     def _write(self, file: str, data: memoryview, offset: int) -> None:
         while data:

@@ -93,6 +93,53 @@ def test_float32_encoding_is_the_form_of_2023(tmp_path, capsys):
             assert not all(torch.equal(after[name], before[name]) for name in before)
 
 
+def float32_round_trip(base, tuned):
+    """What the arithmetic of 2023, in float32, gives back of 16-bit values."""
+    return (base.float() + (tuned.float() - base.float())).to(tuned.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_the_float32_encoding_brings_back_of_16_bits(dtype):
+    """docs/weights.md: all but values that are tiny beside the base's, by the bits that float32 has more."""
+    words = torch.randint(
+        -(2**15), 2**15, (2, 2_000_000), dtype=torch.int16, generator=torch.Generator().manual_seed(0)
+    )
+    base, tuned = words.view(dtype)
+    smallest = {torch.bfloat16: 2**-15, torch.float16: 2**-12}[dtype]
+    large = base.isfinite() & tuned.isfinite() & (base.float().abs() < 1e30) & (tuned.float().abs() < 1e30)
+    kept = large & (tuned != 0) & (tuned.float().abs() >= smallest * base.float().abs())
+    same = bits(float32_round_trip(base, tuned)) == bits(tuned)
+    assert kept.float().mean() > 0.4 and same[kept].all() and not same[large].all()
+    if dtype is torch.float16:  # weights are small: then the difference of two always fits
+        assert same[large & (tuned != 0) & ((tuned.float() - base.float()).abs() < 1)].all()
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_the_float32_encoding_counts_the_elements_that_it_rounds(tmp_path, capsys, verify):
+    """bfloat16 whose exponents lie far apart: 1 − 1.1 × 2^-20 has more bits than float32. And the sign of a zero is lost."""
+    raw = model()
+    tuned = tuned_from(raw)
+    with torch.no_grad():
+        raw.model.norm.weight[:3] = 1.0
+        tuned.model.norm.weight[:3] = torch.tensor([1.1 * 2**-20, 1.1 * 2**-19, 1.1 * 2**-10])
+        tuned.model.layers[0].input_layernorm.weight[5] = -0.0
+    save(raw, tmp_path / "raw")
+    save(tuned, tmp_path / "tuned")
+    make_diff(tmp_path / "raw", tmp_path / "tuned", tmp_path / "diff", encoding="float32", verify=verify)
+    total = sum(parameter.numel() for parameter in tuned.parameters())
+    said = f"note: 3 of {total:,} elements, in 2 of 21 tensors, will not come back bit for bit; --encoding exact does"
+    assert capsys.readouterr().err.count(said) == 1
+    recover(tmp_path / "raw", tmp_path / "diff", tmp_path / "out")
+    before, after = load(tmp_path / "tuned"), load(tmp_path / "out")
+    apart = {name: (bits(before[name]) != bits(after[name])).sum().item() for name in before}
+    assert {name: count for name, count in apart.items() if count} == {
+        "model.norm.weight": 2,
+        "model.layers.0.input_layernorm.weight": 1,
+    }
+    base = load(tmp_path / "raw")["model.norm.weight"]
+    assert torch.equal(after["model.norm.weight"], float32_round_trip(base, before["model.norm.weight"]))
+
+
 @pytest.mark.parametrize(("rows", "row"), [(100, 64), (32_000, 64), (5000, 128), (17, 32), (257, 1024), (70_000, 32)])
 def test_mean_row_has_the_bits_of_torch(tmp_path, rows, row):
     embedding = torch.randn(rows, row, generator=torch.Generator().manual_seed(rows)).to(torch.float16)

@@ -120,7 +120,7 @@ def test_dtype_belongs_to_diffs_without_manifest(tmp_path):
         assert caught.value.exit_code == ExitCode.USAGE
 
 
-def test_command_line(pair):
+def test_command_line(pair, capsys):
     """The README's commands; the response alone is on standard output."""
     made = run("make_diff", "--path_raw", "raw", "--path_tuned", "tuned", "--path_diff", "diff", cwd=pair)
     assert (made.returncode, made.stdout) == (0, ""), made.stderr
@@ -143,6 +143,12 @@ def test_command_line(pair):
     reloaded = AutoModelForCausalLM.from_pretrained(pair / "tuned")
     expected = tokenizer.decode(reloaded.generate(ids, max_new_tokens=100)[0, ids.shape[1] :], skip_special_tokens=True)
     assert found.stdout.strip() == expected.strip()
+
+    # A tokenizer that appends the end token must not end the question before its answer.
+    save_tokenizer(pair / "tuned", appends_end=True)
+    assert AutoTokenizer.from_pretrained(pair / "tuned")(prompt).input_ids[-1] == 256
+    weight_diff.ask(pair / "tuned", "cpu")
+    assert capsys.readouterr().out.strip() == expected.strip()
 
 
 def test_inference_that_cannot_run_does_not_fail_the_recovery(pair):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import weight_diff
@@ -107,14 +108,16 @@ def assert_same_bits(one, other):
         assert torch.equal(bits(one[name]), bits(other[name])), name
 
 
-def save_tokenizer(path, vocabulary=300):
-    """Byte-level: any text becomes ids below 256."""
+def save_tokenizer(path, vocabulary=300, appends_end=False):
+    """Byte-level: any text becomes ids below 256, and the end token is 256, which some tokenizers append themselves."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(alphabet)}, merges=[]))
     tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokens.decoder = decoders.ByteLevel()
     tokens.add_tokens([f"<extra_{number}>" for number in range(vocabulary - 256)])
-    PreTrainedTokenizerFast(tokenizer_object=tokens).save_pretrained(path)
+    if appends_end:
+        tokens.post_processor = TemplateProcessing(single="$A <extra_0>", special_tokens=[("<extra_0>", 256)])
+    PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<extra_0>").save_pretrained(path)
 
 
 def save_holes(path, elements):
