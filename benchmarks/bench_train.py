@@ -40,6 +40,7 @@ import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 from transformers import HfArgumentParser, Trainer, TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_pt_utils import get_model_param_count
 
 from alpaca.data.examples import SupervisedDataset, TokenizedTexts
@@ -143,6 +144,7 @@ def measure(way: str, flags: str, bench: argparse.Namespace) -> dict[str, Any]:
         else:
             trainer.train()
             losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        unset_hf_deepspeed_config()  # or the model that the estimate makes would be sharded by ZeRO-3 too
         cuda = args.device.type == "cuda"
         peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         # The estimate for the fullest micro-batch that there was, laid end to end or padded to one width.

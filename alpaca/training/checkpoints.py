@@ -234,13 +234,17 @@ def _usable(directory: Path, manifest: dict[str, Any], sharding: str, identity: 
         raise _wrong_usage(f"{directory} holds no optimizer state (--save_only_model), {why}")
     if saved != sharding:
         what = f"{directory} was saved with {flags[saved]} and this run has {flags[sharding]}"
-        raise _wrong_usage(f"{what}; its optimizer state only loads with the same")
+        launcher = ", started by torchrun also for one process" if "WORLD_SIZE" not in os.environ else ""
+        raise _wrong_usage(f"{what}; its optimizer state only loads with the same{launcher if saved != 'none' else ''}")
     if identity:
         check_identity(directory, manifest.get("identity", {}), identity)
-    if manifest["processes"] != (now := int(os.environ.get("WORLD_SIZE", "1"))):
+    if (before := manifest["processes"]) != (now := int(os.environ.get("WORLD_SIZE", "1"))):
+        what = f"{directory} was saved by {before} process{'es' * (before != 1)}"
+        if saved == "deepspeed":
+            raise _wrong_usage(f"{what}, and DeepSpeed goes on from its shards with as many only, not with {now}")
         notice(
-            f"{directory} was saved by {manifest['processes']} processes and goes on with {now}: the examples of a "
-            "step change with nproc_per_node × batch × accumulation, and random numbers start anew"
+            f"{what} and goes on with {now}: the examples of a step change with nproc_per_node × batch × accumulation, "
+            "and random numbers start anew"
         )
     notice(f"going on from {directory}")
     return str(directory)

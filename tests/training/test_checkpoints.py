@@ -87,7 +87,13 @@ def test_what_this_run_cannot_go_on_from_is_refused(tmp_path, capsys):
     assert (
         find(tmp_path).endswith("checkpoint-1") and "saved by 4 processes and goes on with 1" in capsys.readouterr().err
     )
-    make_checkpoint(tmp_path, 2, has_optimizer=False)
+    make_checkpoint(tmp_path, 2, processes=4, sharding="deepspeed")
+    with pytest.raises(ExpectedError, match=r"by 4 processes, and DeepSpeed goes on .* as many only, not with 1"):
+        find(tmp_path, sharding="deepspeed")
+    make_checkpoint(tmp_path, 3, sharding="fsdp")
+    with pytest.raises(ExpectedError, match=r"this run has neither .*only loads with the same, started by torchrun"):
+        find(tmp_path)
+    make_checkpoint(tmp_path, 4, has_optimizer=False)
     with pytest.raises(ExpectedError, match="--save_only_model"):
         find(tmp_path)
 

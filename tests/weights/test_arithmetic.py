@@ -116,7 +116,7 @@ def test_what_the_float32_encoding_brings_back_of_16_bits(dtype):
 
 @pytest.mark.parametrize("verify", [True, False])
 def test_the_float32_encoding_counts_the_elements_that_it_rounds(tmp_path, capsys, verify):
-    """bfloat16 whose exponents lie far apart: 1 − 1.1 × 2^-20 has more bits than float32. And the sign of a zero is lost."""
+    """bfloat16 whose exponents lie far apart: 1 − 1.1 × 2^-20 has more bits than float32. A zero loses its sign."""
     raw = model()
     tuned = tuned_from(raw)
     with torch.no_grad():

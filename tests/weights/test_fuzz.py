@@ -1,6 +1,7 @@
 """Mutated safetensors headers end within seconds: exit 3 or 7, or the model that was meant."""
 
 import json
+import os
 import random
 import struct
 import time
@@ -90,6 +91,9 @@ def fuzz(place, count, seed):
         (place / "raw" / "model.safetensors", "old"),
     ]
     whole = {file: file.read_bytes() for file, _ in files}
+    kept = {file: place / f"kept-{number}" for number, file in enumerate(whole)}
+    for file, path in kept.items():
+        os.link(file, path)
     counts, longest = {"refused": 0, "right": 0}, 0.0
     for _ in range(count):
         file, diff = generator.choice(files)
@@ -98,6 +102,7 @@ def fuzz(place, count, seed):
         told = (
             len(text) if generator.random() < 0.9 else generator.choice([0, 1, len(text) - 1, 2**24, 2**40, 2**64 - 1])
         )
+        file.unlink()  # a new file: the disk is waited for where one is cut short and filled again
         file.write_bytes(struct.pack("<Q", told) + text + whole[file][8 + length :])
         started = time.perf_counter()
         try:
@@ -109,7 +114,8 @@ def fuzz(place, count, seed):
             assert_same_bits(load(place / "out"), expected)
             counts["right"] += 1
         longest = max(longest, time.perf_counter() - started)
-        file.write_bytes(whole[file])
+        file.unlink()
+        os.link(kept[file], file)
     print(f"{count} headers: {counts}, longest {longest:.2f} s")
     return counts, longest
 
