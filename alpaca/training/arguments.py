@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -149,6 +150,7 @@ class TrainingArguments(TrainingFlags, transformers.TrainingArguments):
             import deepspeed
         except ImportError:
             raise wrong_usage("--deepspeed needs the package: pip install deepspeed")
+        say_which_builds_are_locked()
         if "scheduler" in config:
             notice(f"the scheduler block of {self.deepspeed} overrides --lr_scheduler_type {self.lr_scheduler_type}")
         zero = config.get("zero_optimization", {})
@@ -176,6 +178,18 @@ class TrainingArguments(TrainingFlags, transformers.TrainingArguments):
         warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
         if self.use_cpu:
             deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+
+
+def say_which_builds_are_locked() -> None:
+    """DeepSpeed compiles at its first start; one that was killed then makes later ones wait for ever, in silence."""
+    from torch.utils.cpp_extension import get_default_build_root  # with setuptools
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    if locks := sorted(map(str, [*root.glob("*/lock"), *root.glob("*/*/lock")])):
+        notice(
+            f"DeepSpeed waits while {', '.join(locks)} is there; a start that was killed leaves it behind: remove it "
+            "if no other is compiling"
+        )
 
 
 # 2023 flag → (today's flag, how its value translates). 1.0 stays just below 1, where it would become one step.

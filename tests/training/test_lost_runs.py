@@ -300,11 +300,16 @@ def test_deepspeeds_fixed_sizes_must_be_those_of_the_flags(base, data, tmp_path)
     (tmp_path / "fixed.json").write_text(json.dumps(config))
     flags = ["--model_name_or_path", base, "--data_path", data, "--output_dir", tmp_path / "out"]
     flags += ["--per_device_train_batch_size", 2, "--deepspeed", tmp_path / "fixed.json"]
-    [rank] = forked.start_ranks(1, forked.train, tmp_path / "log", *flags)
+    lock = tmp_path / "extensions" / "cpu_adam" / "lock"  # of a build that was killed
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    job = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+    rank = forked.start(forked.train, tmp_path / "log", *flags, **job)
     rank.join(600)
     said = (tmp_path / "log").read_text()
     assert rank.exitcode == 2 and said.count("error: ") == 1 and "Traceback" not in said, said
     assert "fixed.json has train_micro_batch_size_per_gpu 4, and the flags say 2" in said
+    assert f"notice: DeepSpeed waits while {lock} is there" in said
 
 
 def test_what_windows_lacks_is_not_needed_for_training(base, data, tmp_path):

@@ -136,7 +136,8 @@ def test_fsdp_shards_trains_saves_and_resumes(one_process, llama, data, tmp_path
 
 @pytest.mark.soak  # compiles DeepSpeed's CPU Adam once, which takes minutes
 @pytest.mark.timeout(900)
-def test_zero_3_with_both_offloads(one_process, llama, opt, data, tmp_path):
+def test_zero_3_with_both_offloads(one_process, llama, opt, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))  # a killed build locks its directory
     config = ["--deepspeed", "./configs/default_offload_opt_param.json"]
     result = run(
         *("train.py", "--model_name_or_path", llama, "--data_path", data, "--output_dir", tmp_path / "out", *RECIPE),
