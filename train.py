@@ -23,10 +23,11 @@ from alpaca.common import ExitCode, ExpectedError, keep_inputs, make_output_dire
 from alpaca.data.examples import IGNORE_INDEX, SupervisedDataset, preprocess
 from alpaca.prompts import PROMPT_DICT
 from alpaca.training import memory
-from alpaca.training.arguments import TrainingArguments, check_steps, correct_layer_names, parse_arguments
+from alpaca.training.arguments import TrainingArguments, correct_layer_names, parse_arguments
 from alpaca.training.attention import choose_collator
 from alpaca.training.batches import DataCollatorForSupervisedDataset, DataCollatorWithoutPadding
 from alpaca.training.checkpoints import check_own, find_checkpoint, remove_merged
+from alpaca.training.checks import check_steps
 from alpaca.training.data_module import make_supervised_data_module, show_batch
 from alpaca.training.lora import add_adapters, merge_adapters
 from alpaca.training.models import (

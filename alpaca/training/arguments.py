@@ -20,10 +20,19 @@ import torch
 import transformers
 from transformers import HfArgumentParser
 from transformers.integrations import get_available_reporting_integrations
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_bitsandbytes_available, is_liger_kernel_available, is_torchao_available
 
-from alpaca.common import ExitCode, ExpectedError, notice
+from alpaca.common import ExpectedError, notice
+from alpaca.training.checks import (
+    check_mps,
+    check_precision,
+    check_sizes,
+    refuse_what_would_lose_runs,
+    rehearse_optimizer,
+    wrong_usage,
+)
 from alpaca.training.flags import DataArguments, ModelArguments, TrainingFlags
 
 
@@ -36,10 +45,8 @@ class TrainingArguments(TrainingFlags, transformers.TrainingArguments):
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()
         check_sizes(self)
-        if self.save_on_each_node:
-            raise wrong_usage(
-                "--save_on_each_node: checkpoints are written once, to a directory that all machines share"
-            )
+        refuse_what_would_lose_runs(self)
+        self._read_json_flags()
         if self.save_strategy == "best" and self.metric_for_best_model is None:
             self.metric_for_best_model = "loss"  # as for --load_best_model_at_end
         self.half_precision = self.bf16 or self.fp16  # as asked for, with or without a GPU
@@ -64,6 +71,8 @@ class TrainingArguments(TrainingFlags, transformers.TrainingArguments):
                 f'{self.deepspeed} contradicts the flags: {reasons}. Write "auto" there, or give the same'
             )
         self._check_packages()
+        if not self.estimate_memory:
+            rehearse_optimizer(self)
         if self.n_gpu > 1:
             notice(f"one process uses one GPU; start torchrun --nproc_per_node={self.n_gpu} train.py … to use them all")
             self._n_gpu = 1  # DataParallel would multiply the batch
@@ -72,6 +81,19 @@ class TrainingArguments(TrainingFlags, transformers.TrainingArguments):
     def sharding(self) -> str:
         """How weights and optimizer states are spread over the processes: "none", "fsdp" or "deepspeed"."""
         return "deepspeed" if self.deepspeed else "fsdp" if self.fsdp else "none"
+
+    def _read_json_flags(self) -> None:
+        for name in ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs", "accelerator_config"):
+            if getattr(self, name) is not None:
+                setattr(self, name, read_json_flag(name, getattr(self, name)))
+        config = self.accelerator_config or {}
+        if unknown := set(config) - {field.name for field in fields(AcceleratorConfig)}:
+            raise wrong_usage(f"--accelerator_config has no {', '.join(sorted(unknown))}")
+        for name in ("split_batches", "dispatch_batches"):
+            if config.get(name):
+                raise wrong_usage(
+                    f"--accelerator_config: {name} would take batches apart that are made for each process"
+                )
 
     def _check_packages(self) -> None:
         """What the library would miss only after the model is loaded."""
@@ -230,10 +252,6 @@ def map_old_spellings(args: TrainingArguments) -> None:
         notice("--save_safetensors has no effect: weights are always saved as safetensors")
 
 
-def wrong_usage(message: str) -> ExpectedError:
-    return ExpectedError(message, ExitCode.USAGE)
-
-
 def contradiction(old: str, old_value: Any, new: str, new_value: Any) -> ExpectedError:
     return wrong_usage(f"--{old} {old_value} contradicts --{new} {new_value}, its spelling today; give one of them")
 
@@ -254,58 +272,6 @@ def read_json_flag(name: str, value: str | dict | None) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as reason:
         error = reason
     raise wrong_usage(f"--{name} {value[:200]}: {error}; give a JSON file or a JSON object")
-
-
-# Flags whose value counts something → the least that it can mean.
-LEAST = {
-    **dict.fromkeys(["model_max_length", "per_device_train_batch_size", "per_device_eval_batch_size"], 1),
-    **dict.fromkeys(["gradient_accumulation_steps", "save_total_limit", "estimate_gpus"], 1),
-    **dict.fromkeys(["learning_rate", "warmup_steps", "weight_decay", "dataloader_num_workers", "max_grad_norm"], 0),
-}
-ABOVE_ZERO = ("num_train_epochs", "save_steps", "logging_steps", "eval_steps", "estimate_gib")
-
-
-def check_sizes(args: "TrainingArguments") -> None:
-    """Raise ExpectedError (exit 2) for sizes that nothing can have; the library takes some for "none" or "all"."""
-    for name in (*LEAST, *ABOVE_ZERO):
-        value, least = getattr(args, name), LEAST.get(name)
-        if value is not None and not (value > 0 if least is None else value >= least):
-            raise wrong_usage(f"--{name} {value}: give {'more than 0' if least is None else f'{least} or more'}")
-    if args.max_steps < -1 or args.max_steps == 0:
-        raise wrong_usage(f"--max_steps {args.max_steps}: give 1 or more, or -1 to let the epochs count")
-
-
-def check_steps(args: "TrainingArguments", examples: int) -> None:
-    """Raise ExpectedError (exit 2) when no step would be made of so many examples."""
-    needed = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    if args.dataloader_drop_last and examples < needed:
-        raise wrong_usage(
-            f"--dataloader_drop_last True leaves no step: there are {examples} examples to train on, and a step takes "
-            f"{needed}; leave the flag out or take smaller steps"
-        )
-
-
-def check_mps(args: "TrainingArguments", processes: int) -> None:
-    """Raise ExpectedError (exit 2) for what PyTorch can't do on Apple's GPU (MPS)."""
-    asked = {"fp16": args.fp16, "tf32": args.tf32, "fsdp": args.fsdp, "deepspeed": args.deepspeed}
-    asked["use_liger_kernel"] = args.use_liger_kernel
-    for name in (name for name, value in asked.items() if value):
-        instead = "use --bf16 True or leave it out" if name == "fp16" else "leave it out, or add --use_cpu True"
-        raise wrong_usage(f"--{name}: Apple's GPU (MPS) can't do it; {instead}")
-    if processes > 1:
-        raise wrong_usage(
-            "Apple's GPU (MPS) serves one process; start train.py without torchrun, or add --use_cpu True"
-        )
-
-
-def check_precision(bf16: bool, tf32: bool | None, gpu: str, capability: tuple[int, int]) -> None:
-    """Raise ExpectedError where a CUDA GPU is older than Ampere (8.0) and can't do what is asked."""
-    if capability >= (8, 0):
-        return
-    if bf16:
-        raise wrong_usage(f"--bf16 True: {gpu} has no bf16 arithmetic; use --fp16 True")
-    if tf32:
-        raise wrong_usage(f"--tf32 True: {gpu} has no tf32 arithmetic; leave the flag out")
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
@@ -352,6 +318,8 @@ def check_evaluation(args: TrainingArguments, val_size: float) -> None:
     for name, value, off in needs:
         if value != off and not val_size:
             raise wrong_usage(f"--{name} {value} needs examples to evaluate on: give --val_size, such as 500 or 0.01")
+    if args.metric_for_best_model not in (None, "loss", "eval_loss"):
+        raise wrong_usage(f"--metric_for_best_model {args.metric_for_best_model}: evaluations give eval_loss alone")
     if args.save_strategy == "best" and args.eval_strategy == "no":
         raise wrong_usage("--save_strategy best needs evaluations: give --eval_strategy and --val_size")
 

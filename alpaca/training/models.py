@@ -14,7 +14,8 @@ import xxhash
 
 from alpaca.common import ExitCode, ExpectedError, notice
 from alpaca.data.tokenizers import TokenizerLoader
-from alpaca.training.arguments import TrainingArguments, wrong_usage
+from alpaca.training.arguments import TrainingArguments
+from alpaca.training.checks import wrong_usage
 from alpaca.training.flags import ModelArguments
 
 _WEIGHTS = re.compile(r"(model|pytorch_model).*\.(safetensors|bin)(\.index\.json)?")

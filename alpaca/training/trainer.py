@@ -279,5 +279,3 @@ class AlpacaTrainer(Trainer):
         if self.args.should_save:
             publish_model(self.args.output_dir)
         self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)

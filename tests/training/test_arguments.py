@@ -10,10 +10,13 @@ import transformers
 from accelerate.state import AcceleratorState
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 
-from alpaca.common import ExpectedError
-from alpaca.training import arguments
-from alpaca.training.arguments import check_precision, correct_layer_names, parse_arguments
+from alpaca.common import ExitCode, ExpectedError
+from alpaca.training import arguments, checks
+from alpaca.training.arguments import correct_layer_names, parse_arguments
+from alpaca.training.checks import check_precision
 
 NEEDED = ["--data_path", "x.json", "--output_dir", "out", "--val_size", "5"]
 
@@ -82,6 +85,9 @@ def test_agreement_of_old_and_new_spelling_is_fine():
     assert parse("--evaluation_strategy", "no", "--eval_strategy", "no").eval_strategy == "no"
 
 
+BEST = ["--load_best_model_at_end", "True", "--eval_strategy", "steps", "--eval_steps", "5", "--save_steps", "5"]
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -106,6 +112,25 @@ def test_agreement_of_old_and_new_spelling_is_fine():
         (["--save_strategy", "best"], "--save_strategy best needs evaluations"),
         (["--load_best_model_at_end", "True"], "save and eval strategy"),
         (["--save_on_each_node", "True"], "a directory that all machines share"),
+        (["--enable_jit_checkpoint", "True"], "SIGTERM saves a checkpoint without it"),
+        (["--auto_find_batch_size", "True"], "it would change the examples of a step"),
+        (["--push_to_hub", "True"], "hf upload <user>/<name> <output_dir>"),
+        (["--train_sampling_strategy", "batch_rebalance"], "--balance_tokens True"),
+        (["--dataloader_persistent_workers", "True"], "give --dataloader_num_workers"),
+        (["--torch_compile", "True", "--torch_compile_backend", "no_such"], "one of no, eager"),
+        (["--metric_for_best_model", "accuracy", *BEST], "evaluations give eval_loss alone"),
+        (["--accelerator_config", "none.json"], "--accelerator_config none.json"),
+        (["--accelerator_config", '{"no_such": 1}'], "--accelerator_config has no no_such"),
+        (["--accelerator_config", '{"split_batches": true}'], "split_batches would take batches apart"),
+        (["--accelerator_config", '{"dispatch_batches": true}'], "dispatch_batches would take batches apart"),
+        (["--lr_scheduler_kwargs", "no_such"], "--lr_scheduler_kwargs no_such"),
+        (["--lr_scheduler_kwargs", '{"no_such": 1}'], "--lr_scheduler_type linear: "),
+        (["--lr_scheduler_type", "cosine_with_min_lr"], "--lr_scheduler_type cosine_with_min_lr: "),
+        (["--gradient_checkpointing_kwargs", "[1]"], "--gradient_checkpointing_kwargs [1]"),
+        (["--optim_args", "a=b,c"], "--optim adamw_torch"),
+        (["--optim", "galore_adamw"], "--optim galore_adamw: You need to install `galore_torch`"),
+        (["--adam_beta1", "2"], "Invalid beta parameter"),
+        (["--adam_epsilon", "-1"], "Invalid epsilon value"),
         *(
             ([f"--{name}", value], f"--{name} {value}")
             for name, value in [
@@ -123,6 +148,16 @@ def test_agreement_of_old_and_new_spelling_is_fine():
                 ("eval_steps", "0.0"),
                 ("save_total_limit", "0"),
                 ("learning_rate", "-1.0"),
+                ("learning_rate", "inf"),
+                ("weight_decay", "inf"),
+                ("num_train_epochs", "inf"),
+                ("eval_accumulation_steps", "0"),
+                ("dataloader_prefetch_factor", "0"),
+                ("ddp_timeout", "-1"),
+                ("seed", "-1"),
+                ("seed", str(2**32)),
+                ("neftune_noise_alpha", "-1.0"),
+                ("label_smoothing_factor", "2.0"),
                 ("lora_alpha", "0.0"),
                 ("val_size", "-1"),
                 ("lora_r", "-1"),
@@ -151,26 +186,50 @@ def test_a_missing_package_is_named_before_anything_is_loaded(flags, package):
     )
 
 
+def test_every_optimizer_and_schedule_is_tried_or_refused_before_the_model_is_loaded():
+    """Those whose package is here make a step; of the others the line says what is missing."""
+    lacking = set()
+    for optim in OptimizerNames:
+        try:
+            args = parse("--optim", optim.value)
+        except ExpectedError as error:
+            assert error.exit_code == ExitCode.USAGE and optim.value in str(error)
+            lacking.add(optim.value)
+        else:
+            kind, options = transformers.Trainer.get_optimizer_cls_and_kwargs(args)
+            kind([torch.nn.Parameter(torch.zeros(1))], **options).step()
+    assert not lacking & {"adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"}
+    assert "lomo" in lacking
+    needs = {"cosine_with_min_lr": {"min_lr": 0}, "cosine_warmup_with_min_lr": {"min_lr": 0}}
+    needs["warmup_stable_decay"] = {"num_decay_steps": 3}
+    for kind in SchedulerType:
+        flags = ["--lr_scheduler_type", kind.value, "--eval_strategy", "epoch"]
+        if kind.value in needs:
+            assert f"--lr_scheduler_type {kind.value}: " in refused(*flags)
+            flags += ["--lr_scheduler_kwargs", json.dumps(needs[kind.value])]
+        parse(*flags)
+
+
 def test_what_apples_gpu_can_not_do_is_refused():
     """Nothing of it runs here; what is checked is which flags are let through."""
     args = parse("--bf16", "True")
-    arguments.check_mps(args, 1)
+    checks.check_mps(args, 1)
     for name, value in (("fp16", True), ("tf32", True), ("fsdp", True), ("deepspeed", "x"), ("use_liger_kernel", True)):
         plain = getattr(args, name)
         setattr(args, name, value)
         with pytest.raises(ExpectedError, match=rf"--{name}: Apple's GPU \(MPS\) can't do it"):
-            arguments.check_mps(args, 1)
+            checks.check_mps(args, 1)
         setattr(args, name, plain)
     with pytest.raises(ExpectedError, match="serves one process"):
-        arguments.check_mps(args, 2)
+        checks.check_mps(args, 2)
 
 
 def test_the_last_incomplete_step_may_not_be_all_there_is():
     args = parse("--dataloader_drop_last", "True", "--per_device_train_batch_size", "4")
-    arguments.check_steps(args, 4)
-    arguments.check_steps(parse("--per_device_train_batch_size", "4"), 3)
+    checks.check_steps(args, 4)
+    checks.check_steps(parse("--per_device_train_batch_size", "4"), 3)
     with pytest.raises(ExpectedError, match="leaves no step: there are 3 examples to train on, and a step takes 4"):
-        arguments.check_steps(args, 3)
+        checks.check_steps(args, 3)
 
 
 def test_best_is_chosen_by_the_loss():
