@@ -344,17 +344,23 @@ def check_archive(path: Path, advance: Callable[[int], None]) -> None:
 
 
 def refuse_original_llama(directory: Path) -> None:
-    """Raises for the files that Meta hands out, which have other names and no config.json."""
+    """Raises for the files that Meta and Mistral hand out, which have other names and no config.json."""
     parts = len(list(directory.glob("consolidated.*.pth")))
     if (directory / "config.json").exists() or not (parts or (directory / "params.json").exists()):
         return
+    if (directory / "consolidated.safetensors").exists():
+        problem = (
+            "Mistral's own files; fetch config.json, model*.safetensors and their index, which lie beside them there"
+        )
+        raise bad_data(f"{directory}: {problem}")
     command = "python -m transformers.models.llama.convert_llama_weights_to_hf"
     flags = f"--input_dir {directory} --num_shards {parts or 1} --output_dir <directory to write>"
     problem = (
         "Meta's own files (consolidated.*.pth, params.json), not the Hugging Face format; convert them first, with"
     )
     place = "in an environment of its own: pip install torch sentencepiece transformers==4.46.3 accelerate"
-    raise bad_data(f"{directory}: {problem} tokenizer.model beside them and {place} && {command} {flags}")
+    later = "(of a later LLaMA with --llama_version 2, 3, 3.1 or 3.2)"
+    raise bad_data(f"{directory}: {problem} tokenizer.model beside them and {place} && {command} {flags} {later}")
 
 
 def carried_files(directory: Path) -> list[Path]:

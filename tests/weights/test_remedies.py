@@ -36,7 +36,9 @@ def test_metas_own_files(place, files):
         (place / "llama" / file).write_text("{}")
     parts = max(1, len(files) - 1)
     names = ["Meta's own files", "convert_llama_weights_to_hf", f"--num_shards {parts} ", f"--input_dir {place}"]
-    assert_refused(place, raw="llama", codes=[ExitCode.DATA], names=names)
+    assert_refused(place, raw="llama", codes=[ExitCode.DATA], names=[*names, "--llama_version 2, 3, 3.1 or 3.2"])
+    (place / "llama" / "consolidated.safetensors").touch()
+    assert_refused(place, raw="llama", codes=[ExitCode.DATA], names=["Mistral's own files; fetch config.json, model*"])
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin", "model.safetensors.index.json"])
