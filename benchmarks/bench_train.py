@@ -144,6 +144,7 @@ def measure(way: str, flags: str, bench: argparse.Namespace) -> dict[str, Any]:
         else:
             trainer.train()
             losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        parameters = get_model_param_count(model)  # those that ZeRO-3 sharded, too
         unset_hf_deepspeed_config()  # or the model that the estimate makes would be sharded by ZeRO-3 too
         cuda = args.device.type == "cuda"
         peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -158,7 +159,7 @@ def measure(way: str, flags: str, bench: argparse.Namespace) -> dict[str, Any]:
             "losses": losses,
             "slots": sum(slots),
             "tokens": int(data.lengths.sum()),
-            "parameters": get_model_param_count(model),
+            "parameters": parameters,
             "peak_gib": peak / 2**30,
             "estimated_gib": memory.estimate(config, dataclasses.replace(plan, layout=layout))["total"],
             "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",

@@ -5,6 +5,7 @@ it, before anything is loaded. `flags` declares those that --help shows.
 """
 
 import difflib
+import inspect
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch.utils.checkpoint import checkpoint
 from transformers import HfArgumentParser
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_pt_utils import AcceleratorConfig
@@ -86,9 +88,14 @@ class TrainingArguments(TrainingFlags, transformers.TrainingArguments):
         for name in ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs", "accelerator_config"):
             if getattr(self, name) is not None:
                 setattr(self, name, read_json_flag(name, getattr(self, name)))
+        known = {
+            "accelerator_config": [field.name for field in fields(AcceleratorConfig)],
+            "gradient_checkpointing_kwargs": inspect.signature(checkpoint).parameters,
+        }
+        for name, keys in known.items():
+            if unknown := set(getattr(self, name) or {}) - set(keys):
+                raise wrong_usage(f"--{name} has no {', '.join(sorted(unknown))}")
         config = self.accelerator_config or {}
-        if unknown := set(config) - {field.name for field in fields(AcceleratorConfig)}:
-            raise wrong_usage(f"--accelerator_config has no {', '.join(sorted(unknown))}")
         for name in ("split_batches", "dispatch_batches"):
             if config.get(name):
                 raise wrong_usage(

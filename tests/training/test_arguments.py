@@ -127,6 +127,7 @@ BEST = ["--load_best_model_at_end", "True", "--eval_strategy", "steps", "--eval_
         (["--lr_scheduler_kwargs", '{"no_such": 1}'], "--lr_scheduler_type linear: "),
         (["--lr_scheduler_type", "cosine_with_min_lr"], "--lr_scheduler_type cosine_with_min_lr: "),
         (["--gradient_checkpointing_kwargs", "[1]"], "--gradient_checkpointing_kwargs [1]"),
+        (["--gradient_checkpointing_kwargs", '{"no_such": 1}'], "--gradient_checkpointing_kwargs has no no_such"),
         (["--optim_args", "a=b,c"], "--optim adamw_torch"),
         (["--optim", "galore_adamw"], "--optim galore_adamw: You need to install `galore_torch`"),
         (["--adam_beta1", "2"], "Invalid beta parameter"),
