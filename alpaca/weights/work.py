@@ -15,7 +15,7 @@ import numpy as np
 from alpaca.weights.casts import cast
 from alpaca.weights.files import DTYPE_BYTES, Checkpoint, check_archive, first_three, mismatch
 
-PIECE = 2**17  # elements a thread holds of each tensor; larger arrays cost twice the processor time in page faults
+PIECE = 2**16  # elements a thread holds of each tensor; larger arrays cost twice the processor time in page faults
 THREADS = min(8, (os.cpu_count() or 1) + 1)  # one more than cores: some thread always waits for the disk
 
 

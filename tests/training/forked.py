@@ -17,6 +17,7 @@ def _enter(function, log, arguments, environment):
     for stream in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     sys.stdout.reconfigure(line_buffering=True)
+    os.chdir(ROOT)
     os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", **environment)
     function(*arguments)
 

@@ -143,7 +143,7 @@ def show_kills(report):
 
 
 def test_kills_during_saves(command, uninterrupted, tmp_path):
-    show_kills(check_kills(5, command, uninterrupted, tmp_path, seed=time.time_ns()))
+    show_kills(check_kills(3, command, uninterrupted, tmp_path, seed=time.time_ns()))
 
 
 def check_export_kills(kills, command, uninterrupted, opt, directory, rng):
@@ -500,11 +500,3 @@ def test_the_run_record(uninterrupted, base, data):
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
     assert record["git"]["commit"] == head.strip() if head else record["git"] is None
     assert record["resumed_from"] is None and record["processes"] == 1
-
-
-def test_a_tracker_that_is_not_installed_is_said_at_once(command, tmp_path):
-    process = forked.start(
-        forked.train, tmp_path / "log", *command, "--output_dir", tmp_path, "--report_to", "comet_ml"
-    )
-    process.join()
-    assert process.exitcode == 2 and "--report_to comet_ml needs the package" in (tmp_path / "log").read_text()

@@ -4,11 +4,14 @@ import json
 import re
 import shlex
 import shutil
+import sys
 
 import pytest
 import torch
 import transformers
 
+import train
+from alpaca.common import ExpectedError
 from tests.conftest import ROOT, run
 from tests.training import forked
 from tests.training.courses import assert_same_changes, assert_same_course, losses, weights
@@ -53,11 +56,8 @@ def assert_loadable(directory, base):
 def one_process(llama, data, tmp_path_factory):
     """The run that the others are compared with: 4 steps of 8 examples in one process."""
     out = tmp_path_factory.mktemp("one")
-    result = run(
-        *("train.py", "--model_name_or_path", llama, "--data_path", data, "--output_dir", out, *RECIPE),
-        *("--gradient_accumulation_steps", "4", "--save_strategy", "no"),
-    )
-    assert result.returncode == 0, result.stderr[-20000:]
+    flags = ["--gradient_accumulation_steps", "4", "--save_strategy", "no"]
+    forked.run_train(out, "--model_name_or_path", llama, "--data_path", data, *RECIPE, *flags)
     assert_loadable(out, llama)
     assert len(losses(out)) == 4
     return out
@@ -70,23 +70,31 @@ def test_all_commands_of_2023_are_there():
         assert value in text
 
 
-def run_as_written(command, llama, opt, out):
-    """Run a command of 2023 with nothing changed but paths, ports and process counts, and fewer, smaller steps."""
+def run_as_written(command, llama, opt, out, launch=False):
+    """Run a command of 2023 with nothing changed but paths, ports and process counts, and fewer, smaller steps.
+
+    `launch`: by torchrun itself, and not in two processes that are forked.
+    """
     assert command[0] == "torchrun" and "train.py" in command
     arguments = command[command.index("train.py") :]
     model = opt if "OPTDecoderLayer" in arguments else llama
     arguments[arguments.index("--model_name_or_path") + 1] = str(model)
     arguments[arguments.index("--output_dir") + 1] = str(out)
     small = ["--max_steps", "1", "--gradient_accumulation_steps", "1", "--model_max_length", "128"]
-    result = run(*arguments, *small, processes=2, timeout=500)
-    assert result.returncode == 0, result.stderr[-3000:]
+    if launch:
+        result = run(*arguments, *small, processes=2, timeout=500)
+        assert result.returncode == 0, result.stderr[-3000:]
+        said = result.stderr
+    else:
+        said = forked.run_train(out, *arguments[1:], *small, processes=2)
     assert_loadable(out, model)
-    return result.stderr
+    return said
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS_OF_2023 if "--deepspeed" not in c], ids=lambda c: c[-3])
 def test_a_command_of_2023(command, llama, opt, tmp_path):
-    said = run_as_written(list(command), llama, opt, tmp_path / "out")
+    launch = "OPTDecoderLayer" in command  # one of them starts as it stands there
+    said = run_as_written(list(command), llama, opt, tmp_path / "out", launch)
     for line in (
         "--evaluation_strategy no is spelled --eval_strategy no today",
         "--warmup_ratio 0.03 is spelled --warmup_steps 0.03 today",
@@ -135,7 +143,7 @@ def test_fsdp_shards_trains_saves_and_resumes(one_process, llama, data, tmp_path
 
 
 @pytest.mark.soak  # compiles DeepSpeed's CPU Adam once, which takes minutes
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_zero_3_with_both_offloads(one_process, llama, opt, data, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))  # a killed build locks its directory
     config = ["--deepspeed", "./configs/default_offload_opt_param.json"]
@@ -151,7 +159,14 @@ def test_zero_3_with_both_offloads(one_process, llama, opt, data, tmp_path, monk
     assert_loadable(tmp_path / "out", llama)
     assert_same_changes(weights(tmp_path / "out"), weights(one_process), weights(llama))
     command = next(command for command in COMMANDS_OF_2023 if "--deepspeed" in command)
-    run_as_written(list(command), llama, opt, tmp_path / "of_2023")
+    run_as_written(list(command), llama, opt, tmp_path / "of_2023", launch=True)
+    # The benchmark's row, here because it needs the same builds.
+    options = ["--model", llama, "--only", "ZeRO-3", "--steps", 2, "--step_examples", 16, "--output", tmp_path / "rows"]
+    result = run(ROOT / "benchmarks" / "bench_gpu.py", *options, timeout=600)
+    row = json.loads((tmp_path / "rows").read_text())
+    assert result.returncode == 0 and "failed" not in row, row
+    parameters = sum(tensor.numel() for tensor in weights(llama).values())
+    assert row["parameters"] == parameters and row["ours"]["estimated_gib"] > 0
 
 
 def test_weights_are_trained_in_float32_whatever_the_checkpoint(llama, data, tmp_path):
@@ -190,30 +205,28 @@ def test_held_out_examples_are_evaluated_after_saving(llama, data, tmp_path):
         (["--data_path", "tatsu-lab/alpaca"], 3, "Hub data set tatsu-lab/alpaca can't be loaded"),
     ],
 )
-def test_what_is_wrong_is_said_before_weights_are_loaded(flags, code, said, llama, data, tmp_path):
+def test_what_is_wrong_is_said_before_weights_are_loaded(flags, code, said, llama, data, tmp_path, monkeypatch):
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(llama / name, tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"")  # which can't be loaded
     out = tmp_path.with_name(f"{tmp_path.name}-out")
     flags = ["--model_name_or_path", tmp_path, "--data_path", data, "--output_dir", out, *flags]
-    process = forked.start(forked.train, tmp_path / "log", *flags)
-    process.join()
-    log = (tmp_path / "log").read_text()
-    assert process.exitcode == code, log
-    [line] = [line for line in log.splitlines() if line.startswith("error: ")]
-    assert said in line and "Traceback" not in log
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+    with pytest.raises(ExpectedError) as raised:
+        train.train()
+    assert raised.value.exit_code == code and said in str(raised.value)
     assert not out.exists()
 
 
-def test_bad_data_under_torchrun_is_one_line_and_every_rank_stops(llama, tmp_path):
+def test_bad_data_is_one_line_and_every_rank_stops(llama, tmp_path):
     (tmp_path / "bad.json").write_text('[{"instruction": 1}]')
-    result = run(
-        *("train.py", "--model_name_or_path", llama, "--data_path", tmp_path / "bad.json", "--output_dir", "out"),
-        processes=2,
-        timeout=60,
-    )
-    assert result.returncode != 0
-    assert result.stderr.count("error: ") == 1 and '"instruction" is a number' in result.stderr
+    flags = ["--model_name_or_path", llama, "--data_path", tmp_path / "bad.json", "--output_dir", tmp_path / "out"]
+    ranks = forked.start_ranks(2, forked.train, tmp_path / "log", *flags)
+    for rank in ranks:
+        rank.join(300)
+    said = (tmp_path / "log").read_text()
+    assert [rank.exitcode for rank in ranks] == [3, 3]
+    assert said.count("error: ") == 1 and '"instruction" is a number' in said and "Traceback" not in said
 
 
 def test_show_batch_prints_and_exits(llama, data, tmp_path):
