@@ -281,30 +281,43 @@ def test_a_full_memory_ends_in_one_line(base, data, tmp_path):
 
 def test_a_rank_ends_without_the_interpreters_tidying_up(tmp_path):
     """In which threads of gloo are now and then caught. What was to be said and done at exit is."""
-    script = tmp_path / "rank.py"
+    cases = [(False, []), (True, []), (True, ["x"]), (True, ["x", "y"])]  # a rank? its arguments
+    script = tmp_path / "ranks.py"
     script.write_text(
-        "import atexit, sys\n"
+        "import atexit, os, sys\n"
         "from alpaca.common import ExitCode, ExpectedError\n"
         "from alpaca.training.processes import run_rank\n"
         "class Tidied:\n"
         "    def __del__(self, write=sys.stderr.write):\n"
         "        write('tidied up')\n"
-        "kept = Tidied()\n"
-        "atexit.register(print, 'at exit')\n"
         "def main():\n"
         "    print('said')\n"
         "    if len(sys.argv) > 2:\n"
         "        raise RuntimeError('a bug')\n"
         "    if len(sys.argv) > 1:\n"
         "        raise ExpectedError('refused', ExitCode.DATA)\n"
-        "run_rank(main)\n"
+        "codes = []\n"
+        f"for number, (is_rank, arguments) in enumerate({cases}):\n"
+        "    if child := os.fork():\n"
+        "        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+        "        continue\n"
+        "    for stream in (1, 2):\n"
+        "        os.dup2(os.open(f'{number}-{stream}', os.O_WRONLY | os.O_CREAT), stream)\n"
+        "    os.environ.update({'WORLD_SIZE': '1'} if is_rank else {})\n"
+        "    sys.argv = ['rank', *arguments]\n"
+        "    kept = Tidied()\n"
+        "    atexit.register(print, 'at exit')\n"
+        "    run_rank(main)\n"
+        "    break\n"
+        "else:\n"
+        "    print(codes)\n"
     )
-    root = {"PYTHONPATH": str(forked.ROOT)}
-    assert "tidied up" in run(script, env=root).stderr
-    for arguments, code, error in (([], 0, ""), (["x"], 3, "error: refused\n"), (["x", "y"], 1, "a bug\n")):
-        result = run(script, *arguments, env={**root, "WORLD_SIZE": "1"})
-        assert result.returncode == code and result.stdout == "said\nat exit\n" and result.stderr.endswith(error)
-        assert "tidied up" not in result.stderr
+    result = run(script, env={"PYTHONPATH": str(forked.ROOT)}, cwd=tmp_path)
+    assert json.loads(result.stdout) == [0, 0, 3, 1], result.stderr
+    assert "tidied up" in (tmp_path / "0-2").read_text()
+    for number, error in ((1, ""), (2, "error: refused\n"), (3, "a bug\n")):
+        said, complained = ((tmp_path / f"{number}-{stream}").read_text() for stream in (1, 2))
+        assert said == "said\nat exit\n" and complained.endswith(error) and "tidied up" not in complained
 
 
 def test_deepspeeds_fixed_sizes_must_be_those_of_the_flags(base, data, tmp_path):
