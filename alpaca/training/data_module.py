@@ -28,8 +28,8 @@ def make_supervised_data_module(tokenizer: Any, data_args: Any) -> dict[str, Any
     full = dataset.lengths == tokenizer.model_max_length
     if cut := int((full & (dataset.last_tokens != tokenizer.eos_token_id)).sum()):
         notice(
-            f"{cut} of {len(dataset)} examples are longer than --model_max_length {tokenizer.model_max_length} and lose "
-            "their end, so that they do not teach the model to stop; a larger one costs memory"
+            f"{cut} of {len(dataset)} examples are longer than --model_max_length {tokenizer.model_max_length} and "
+            "lose their end, so that they do not teach the model to stop; a larger one costs memory"
         )
     train_dataset, eval_dataset = hold_out(dataset, getattr(data_args, "val_size", 0))
     collator = DataCollatorForSupervisedDataset(tokenizer)
