@@ -145,6 +145,7 @@ def train(base, setting, examples, out):
         **{"per_device_train_batch_size": 4, "gradient_accumulation_steps": setting["batch"] // 4},
         **{"learning_rate": setting["learning_rate"], "lr_scheduler_type": "cosine", "logging_steps": 1},
         **{"warmup_steps": setting["warmup_steps"], "save_strategy": "no"},
+        **{"model_max_length": setting.get("model_max_length", 512)},
     }
     if "lora_r" in setting:
         flags |= {"lora_r": setting["lora_r"], "lora_alpha": 2 * setting["lora_r"]}  # on all linear layers

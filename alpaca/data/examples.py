@@ -202,6 +202,11 @@ class SupervisedDataset(Dataset):
         """Tokens of each example, int32 (N,)."""
         return self.texts.lengths[self.rows]
 
+    @property
+    def last_tokens(self) -> np.ndarray:
+        """int32 (N,): end-of-sequence, or what stood at the length limit."""
+        return self.texts.ids[self.texts.starts[self.rows] + self.lengths - 1]
+
     def select(self, indices: Sequence[int]) -> "SupervisedDataset":
         """The examples at these indices, in this order, sharing the token ids."""
         selected = object.__new__(SupervisedDataset)

@@ -25,6 +25,12 @@ def make_supervised_data_module(tokenizer: Any, data_args: Any) -> dict[str, Any
             f"{len(dataset.dropped)} of {len(dataset.texts.lengths)} examples are left out: none of their response is "
             f"within --model_max_length {tokenizer.model_max_length}: records {', '.join(map(str, dataset.dropped))}"
         )
+    full = dataset.lengths == tokenizer.model_max_length
+    if cut := int((full & (dataset.last_tokens != tokenizer.eos_token_id)).sum()):
+        notice(
+            f"{cut} of {len(dataset)} examples are longer than --model_max_length {tokenizer.model_max_length} and "
+            "lose their end, so that they do not teach the model to stop; a larger one costs memory"
+        )
     train_dataset, eval_dataset = hold_out(dataset, getattr(data_args, "val_size", 0))
     collator = DataCollatorForSupervisedDataset(tokenizer)
     return {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "data_collator": collator}

@@ -44,6 +44,19 @@ def test_the_data_module_of_2023_has_the_padding_collator(tmp_path, tokenizer):
     assert batch.keys() == {"input_ids", "labels", "attention_mask"} and len(batch["input_ids"]) == 2
 
 
+def test_examples_that_lose_their_end_are_counted(tmp_path, tokenizer, capsys):
+    longest = len(SupervisedDataset(write(tmp_path, EXAMPLES), tokenizer)[0]["input_ids"])
+    data = write(tmp_path, [EXAMPLES[0], {**EXAMPLES[0], "output": EXAMPLES[0]["output"] + " and a third"}])
+    for limit, expected in (
+        (512, ""),
+        (longest, f"notice: 1 of 2 examples are longer than --model_max_length {longest}"),
+    ):
+        tokenizer.model_max_length = limit
+        make_supervised_data_module(tokenizer, SimpleNamespace(data_path=data))
+        said = capsys.readouterr().err
+        assert said.startswith(expected) and bool(said) == bool(expected)
+
+
 def test_the_same_examples_are_held_out_the_same_examples_whatever_the_seed(tmp_path, tokenizer):
     dataset = SupervisedDataset(write(tmp_path, [{**EXAMPLES[0], "input": str(i)} for i in range(40)]), tokenizer)
     train, held_out = hold_out(dataset, 10)
