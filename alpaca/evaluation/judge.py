@@ -71,13 +71,19 @@ def read_verdict(reply: str, finish_reason: str | None = None) -> str | None:
     Only what the reply ends with counts, the JSON object {"verdict": …} or a last line `Verdict: …`: what it quotes of
     the answers before that does not. A reply cut off for length ends in the middle, unless it is whole JSON.
     """
-    text = reply.rpartition("</think>")[2].strip()
+    text = reasoning_taken_out(reply)
     fenced = _FENCED.fullmatch(text[text.find("```") :]) if text.endswith("```") else None
     for candidate in (text, fenced and fenced.group(1), text[text.rfind("\n{") + 1 :]):
         if candidate and (verdict := _json_verdict(candidate)):
             return verdict
     last = _LAST_LINE.fullmatch(text.rpartition("\n")[2].strip())
     return _VERDICTS[last.group(1).lower()] if last and finish_reason != "length" else None
+
+
+def reasoning_taken_out(reply: str) -> str:
+    """A reply without what a reasoning model thinks before it; "" where it never comes to an answer."""
+    reply = reply.rpartition("</think>")[2].strip()
+    return "" if reply.startswith("<think>") else reply
 
 
 def _json_verdict(text: str) -> str | None:

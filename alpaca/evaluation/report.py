@@ -21,6 +21,7 @@ from alpaca.evaluation.statistics import (
     win_rate,
     win_rate_interval,
 )
+from alpaca.teacher.request_log import Meter
 
 MOST_MISSING = 2.0  # percent of the instructions; above it the judging has failed
 CANARY_LIMIT = 10.0  # percent; a judge with whom a canary wins more is named
@@ -115,12 +116,11 @@ def build(header: dict, settings: dict, records: Sequence[dict], human: str | No
             report["canary"][name] = {"win_rate": won, "instructions": found["instructions"] - found["missing"]}
     if human:
         report["human"] = compare_with_human(rows, human, header["names"])
-    usage = [record["usage"] for record in records if record.get("usage")]  # None: nobody knows what it cost
-    tokens = {name: sum(used[name] for used in usage) for name in ("prompt_tokens", "completion_tokens")}
-    prices = settings["price_in"], settings["price_out"]
-    money = None
-    if None not in prices:
-        money = (tokens["prompt_tokens"] * prices[0] + tokens["completion_tokens"] * prices[1]) / 1e6
+    paid = [record for record in records if record.get("usage")]  # None: nobody knows what it cost
+    tokens = {name: sum(record["usage"][name] for record in paid) for name in ("prompt_tokens", "completion_tokens")}
+    prices = {name: settings[name] for name in ("price_in", "price_out")}
+    meter = Meter(**prices)
+    money = None if None in prices.values() else sum(meter.price(r["usage"], r["batch"]) for r in paid)
     answered = sorted({record["model"] for record in records if "answer" in record})
     provenance = {
         "answers": header["names"][0],

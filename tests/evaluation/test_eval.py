@@ -318,7 +318,7 @@ def test_a_directory_holds_one_judging(tmp_path):
         (tmp_path / "report.json").write_text("{}")
         with fails(ExitCode.USAGE, "holds a report and no judging"):
             run_judge(server, files, tmp_path)
-        with fails(ExitCode.USAGE, "would be replaced"):
+        with fails(ExitCode.USAGE, "report.json is --answers .*which is read"):
             run_judge(server, {**files, "answers": str(tmp_path / "report.json")}, tmp_path)
         with fails(ExitCode.USAGE, "no requests.jsonl"):
             script.report(str(tmp_path / "nowhere"))
