@@ -116,11 +116,16 @@ def build(header: dict, settings: dict, records: Sequence[dict], human: str | No
             report["canary"][name] = {"win_rate": won, "instructions": found["instructions"] - found["missing"]}
     if human:
         report["human"] = compare_with_human(rows, human, header["names"])
-    paid = [record for record in records if record.get("usage")]  # None: nobody knows what it cost
-    tokens = {name: sum(record["usage"][name] for record in paid) for name in ("prompt_tokens", "completion_tokens")}
-    prices = {name: settings[name] for name in ("price_in", "price_out")}
-    meter = Meter(**prices)
-    money = None if None in prices.values() else sum(meter.price(r["usage"], r["batch"]) for r in paid)
+    meter = Meter(price_in=settings["price_in"], price_out=settings["price_out"])
+    names = ("prompt_tokens", "completion_tokens")
+    # Whole numbers, so that the sum does not depend on the order in which the replies came; None: nobody knows.
+    live, batch = (
+        {name: sum(r["usage"][name] for r in records if r.get("usage") and r["batch"] == by_batch) for name in names}
+        for by_batch in (False, True)
+    )
+    tokens = {name: live[name] + batch[name] for name in names}
+    unpriced = None in (settings["price_in"], settings["price_out"])
+    money = None if unpriced else meter.price(live) + meter.price(batch, batch=True)
     answered = sorted({record["model"] for record in records if "answer" in record})
     provenance = {
         "answers": header["names"][0],

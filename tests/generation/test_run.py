@@ -247,7 +247,7 @@ def thought_away(server, body, attempt):
     )
 
 
-@pytest.mark.parametrize("thought", ["", None])
+@pytest.mark.parametrize("thought", ["", None, "<think>First I need 17 tasks. The", "<think>20 tasks.</think>\n"])
 def test_a_teacher_that_spends_its_tokens_on_thinking_is_stopped_soon(tmp_path, thought):
     with TeacherServer(fault=thought_away) as server:
         server.thought = thought
