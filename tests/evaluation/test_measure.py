@@ -19,7 +19,7 @@ from alpaca.evaluation.figures import MEASURED, differences_of, figures_of
 from alpaca.evaluation.measure import repeats_prompt, row_of
 from alpaca.prompts import format_prompt
 from tests.answering.asking import LESSONS
-from tests.answering.conftest import one_thread, taught  # noqa: F401
+from tests.answering.conftest import one_thread  # noqa: F401
 from tests.conftest import ROOT
 from tests.evaluation.judging import better, judge_by, run_judge, suite, write
 from tests.generation.runs import fails, wait_for
@@ -48,12 +48,12 @@ def measure(model, data, output_dir, **arguments):
 
 
 @pytest.fixture(scope="module")
-def measured(taught, held_out, tmp_path_factory):  # noqa: F811
+def measured(taught, held_out, tmp_path_factory):
     directory = tmp_path_factory.mktemp("measured")
     return directory, measure(taught, held_out, directory / "a")
 
 
-def test_losses_are_those_of_one_example_after_the_other(taught, measured):  # noqa: F811
+def test_losses_are_those_of_one_example_after_the_other(taught, measured):
     directory, report = measured
     tokenizer = transformers.AutoTokenizer.from_pretrained(taught)
     model = transformers.AutoModelForCausalLM.from_pretrained(taught)
@@ -117,7 +117,7 @@ def test_what_counts_as_repeating_and_as_the_same_word():
         assert row["exact_match"] == match and row["empty"] == 0 and row["loss"] is None
 
 
-def test_a_killed_measurement_goes_on_to_the_same_bytes(taught, held_out, measured, tmp_path):  # noqa: F811
+def test_a_killed_measurement_goes_on_to_the_same_bytes(taught, held_out, measured, tmp_path):
     directory, _ = measured
     command = [sys.executable, "eval.py", "measure", "--model_name_or_path", str(taught), "--data_path", held_out]
     command += ["--output_dir", str(tmp_path / "b"), "--max_new_tokens", "40", "--batch_size", "3"]
@@ -144,13 +144,13 @@ def test_a_killed_measurement_goes_on_to_the_same_bytes(taught, held_out, measur
     (tmp_path / "c" / "report.json").write_text("{}")
     with fails(ExitCode.USAGE, "holds report.json and no measurement"):
         measure(taught, held_out, tmp_path / "c")
-    with fails(ExitCode.USAGE, "lie in each other"):
+    with fails(ExitCode.USAGE, "lies in --model_name_or_path"):
         measure(taught, held_out, taught / "measured")
     with fails(ExitCode.USAGE, "--device tpu: choose one of"):
         measure(taught, held_out, tmp_path / "d", device="tpu")
 
 
-def test_compare_measured(llama, taught, held_out, measured, capsys):  # noqa: F811
+def test_compare_measured(llama, taught, held_out, measured, capsys):
     directory, report = measured
     other = measure(llama, held_out, directory / "base", max_new_tokens=8)
     capsys.readouterr()
@@ -200,7 +200,7 @@ def test_compare_judged(tmp_path, capsys):
             script.compare(str(tmp_path / "good"), str(tmp_path / "judge-2"))
 
 
-def test_ifeval_strict_and_loose(taught, held_out, tmp_path):  # noqa: F811
+def test_ifeval_strict_and_loose(taught, held_out, tmp_path):
     pytest.importorskip("if_verifiable")
     samples = [
         {"key": 1, "prompt": "Name a colour.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
