@@ -159,3 +159,12 @@ def smollm2():
         except ExpectedError as error:
             pytest.fail(str(error), pytrace=False)
     return directory
+
+
+@pytest.fixture(scope="session")
+def served_smollm2(smollm2, tmp_path_factory):
+    """The base URL of `transformers serve` with that model."""
+    from tests.generation.test_transformers_serve import serve
+
+    with serve(smollm2, tmp_path_factory.mktemp("served")) as url:
+        yield url
