@@ -111,9 +111,9 @@ def build(header: dict, settings: dict, records: Sequence[dict], human: str | No
         report["canary"] = {}
         canaries = judged_rows(canary_comparisons(pairs), verdicts, first=len(pairs))
         for name in dict.fromkeys(row["canary"] for row in canaries):
-            found = summarize([row for row in canaries if row["canary"] == name])
-            won = None if found["win_rate"] is None else 100 - found["win_rate"]
-            report["canary"][name] = {"win_rate": won, "instructions": found["instructions"] - found["missing"]}
+            judged = [row["preference"] for row in canaries if row["canary"] == name and row["preference"] is not None]
+            won = 100 - win_rate(judged) if judged else None
+            report["canary"][name] = {"win_rate": won, "instructions": len(judged)}
     if human:
         report["human"] = compare_with_human(rows, human, header["names"])
     meter = Meter(price_in=settings["price_in"], price_out=settings["price_out"])
