@@ -15,7 +15,7 @@ from alpaca.teacher.client import NOTHING, Stopped, Teacher
 from alpaca.teacher.directory import say
 from alpaca.teacher.request_log import Log, Meter, UsedUp, budget_error
 
-MOST_EMPTY = 3  # answers in a row that came to the token limit before their first word
+MOST_EMPTY = 3  # answers in a row that hold nothing but reasoning
 CUT = ("length", "max_tokens", "model_length", "MAX_TOKENS")  # what servers call it
 KEPT_OF_A_FAULT = 20_000  # characters of a broken answer, for inspection
 
