@@ -71,7 +71,7 @@ class Asking:
 
     # ------------------------------------------------------------------------------------------------------- the log
 
-    def keep_answer(self, number: int, answer: dict[str, Any], batch: bool = False) -> None:
+    async def keep_answer(self, number: int, answer: dict[str, Any], batch: bool = False) -> None:
         """Into the log first; then it may be used."""
         choice = answer["choices"][0]
         record = {
@@ -83,7 +83,7 @@ class Asking:
             "model": answer["model"],
             "batch": batch,
         }
-        place = self.log.append(record)
+        place = await asyncio.to_thread(self.log.append, record)  # a slow disk holds up no request
         self.meter.count_usage(answer["usage"], batch)
         self.new_answers += 1
         if self.says_nothing(record["answer"], record["finish_reason"]):
@@ -193,7 +193,8 @@ class Asking:
 
         try:
             on_fault = functools.partial(self.keep_fault, number)
-            self.keep_answer(number, await self.teacher.ask(self.prompt_of(number)[1], before, on_fault))
+            answer = await self.teacher.ask(self.prompt_of(number)[1], before, on_fault)
+            await self.keep_answer(number, answer)
         finally:
             self.under_way.remove(number)
             self.meter.in_flight -= 1
@@ -236,7 +237,7 @@ class Asking:
                 self.keep_fault(number, result, usage=NOTHING, batch=True)
                 self.batch_failures[number] += 1
             else:
-                self.keep_answer(number, result, batch=True)
+                await self.keep_answer(number, result, batch=True)
         self.remember_batch({**batch, "done": True})
         await self.advance()
         if failure:

@@ -4,6 +4,7 @@ import collections
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterable
 from typing import Any
 
@@ -114,6 +115,7 @@ class Log:
         self._left_on_disk = {*left_on_disk}
         new = not os.path.exists(path)
         self._path = path
+        self._lock = threading.Lock()
         self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         os.fchmod(self._handle, 0o600)
         if new:
@@ -157,22 +159,28 @@ class Log:
     def append(self, record: dict[str, Any], sync: bool = True) -> tuple[int, str]:
         """Write a record and sync it. → its place. Where the disk is full nothing of it stays, and OSError is raised.
 
-        `sync` False: it survives the end of this process, but perhaps not that of the machine.
+        `sync` False: it survives the end of this process, but perhaps not that of the machine. Threads may append at
+        the same time; one that waits for the disk holds up no other.
         """
         content = json.dumps(record).encode()[:-1]
         line = content + _CHECKSUM % (checksum := _checksum(content))
         try:
-            written = 0
-            while written < len(line):
-                written += os.write(self._handle, line[written:])
+            with self._lock:
+                try:
+                    written = 0
+                    while written < len(line):
+                        written += os.write(self._handle, line[written:])
+                except OSError:
+                    os.ftruncate(self._handle, self._end)
+                    raise
+                self._add(record, checksum, len(line))
+                place = self.places[-1]
             if sync:
                 os.fsync(self._handle)
         except OSError as error:
-            os.ftruncate(self._handle, self._end)
             error.filename = self._path
             raise
-        self._add(record, checksum, len(line))
-        return self.places[-1]
+        return place
 
     def cut_at(self, byte: int) -> None:
         """Drop what begins at this byte and all that follows."""

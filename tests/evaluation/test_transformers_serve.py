@@ -1,7 +1,5 @@
 """eval.py judge against `transformers serve`, a server that is not ours."""
 
-import collections
-
 import pytest
 
 from alpaca.common import ExpectedError
@@ -34,16 +32,15 @@ def test_verdicts_of_a_served_model_are_read(llama, tmp_path, monkeypatch):
 @pytest.mark.timeout(900)
 def test_a_real_model_as_the_judge_ends_in_good_order(smollm2, served_smollm2, tmp_path):
     """Whatever the verdicts of 135 million parameters are worth, each pair is accounted for."""
-    files, out = write(tmp_path, *suite(1, 1, 1)), tmp_path / "judged"
-    arguments = {"model_name": str(smollm2), "max_tokens": 60, "max_attempts": 2, "concurrency": 1, "timeout": 300.0}
+    files, out = write(tmp_path, *suite(1, 1)), tmp_path / "judged"
+    arguments = {"model_name": str(smollm2), "max_tokens": 24, "max_attempts": 1, "concurrency": 1, "timeout": 300.0}
     try:
         run_judge(Served(served_smollm2), files, out, **arguments)
     except ExpectedError as error:
         assert error.exit_code == 5 and "lack a verdict" in str(error)
     report = read(out)
-    assert report["instructions"] == 3 == report["wins"] + report["ties"] + report["losses"] + report["missing"]
+    assert report["instructions"] == 2 == report["wins"] + report["ties"] + report["losses"] + report["missing"]
     replies = [record for record in records(out) if "answer" in record]
-    asked = collections.Counter(reply["request"] for reply in replies)
-    assert asked.keys() == set(range(6)) and max(asked.values()) <= 2
+    assert sorted(reply["request"] for reply in replies) == [0, 1, 2, 3]
     assert report["cost"]["completion_tokens"] == sum(reply["usage"]["completion_tokens"] for reply in replies) > 0
     assert not [record for record in records(out) if "fault" in record]

@@ -85,7 +85,11 @@ def serve(model_directory, home):
             yield f"http://127.0.0.1:{port}/v1"
         finally:
             process.terminate()
-            process.wait(20)
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:  # in the middle of an answer, on a machine that does other work
+                process.kill()
+                process.wait()
 
 
 def generate(url, model, path, api, *flags, timeout=120):
@@ -160,10 +164,10 @@ def test_the_documented_client_gets_the_answer_that_inference_gives(llama, tmp_p
 @pytest.mark.timeout(900)
 def test_a_real_model_as_the_teacher(smollm2, served_smollm2, tmp_path):
     """What 135 million parameters write is worth little, and all of it is accounted for."""
-    flags = "--max_requests", "3", "--max_tokens", "120", "--concurrency", "1", "--timeout", "300"
+    flags = "--max_requests", "2", "--max_tokens", "48", "--concurrency", "1", "--timeout", "300"
     code, answers = generate(served_smollm2, smollm2, tmp_path / "run", "completions", *flags, timeout=600)
-    assert code == 5 and [answer["request"] for answer in answers] == [0, 1, 2]
-    assert all(answer["answer"].strip() and answer["usage"]["completion_tokens"] <= 120 for answer in answers)
+    assert code == 5 and [answer["request"] for answer in answers] == [0, 1]
+    assert all(answer["answer"].strip() and answer["usage"]["completion_tokens"] <= 48 for answer in answers)
     before = (tmp_path / "run" / "regen.json").read_bytes()
     assert isinstance(json.loads(before), list)
     (tmp_path / "run" / "regen.json").unlink()
