@@ -17,7 +17,7 @@ FEW, MANY = 8, 32  # answers since the last limit
 # What is left of the pace after a limit: soon (or the first one), later, and after many answers. Those after many may
 # come of two requests that arrived together, which no other pace would prevent.
 SLOWEST, SLOWER, SLOW = 0.82, 0.9, 0.96
-SHORT = 0.02  # seconds; pauses that short, time and again, cost less than a pace that is too low
+SHORT = 0.02  # seconds; pauses that short, three in a row, cost nothing: the pace grows with them
 LONGEST_WAIT = 60.0  # seconds, where the server does not say
 
 
@@ -156,9 +156,9 @@ class Gate:
         if passed > 0:  # or else the pause was too short, which says nothing of the pace
             granted = passed / (now - self._begun)
             self.most = max(self.most, math.ceil(granted * self.latency))  # what that pace needs (Little's law)
-            if (pause := max(self._pauses)) < SHORT and pause * self.pace > 0.1:
-                granted = max(granted, 1 / max(pause, 1e-3))
-            if self.pace == math.inf:
+            if (pause := max(self._pauses)) < SHORT:
+                self.pace = max(granted, min(self.pace * FAST, 1 / max(pause, 1e-3)))
+            elif self.pace == math.inf:
                 self.pace = granted
             else:
                 soon = self.too_much == math.inf or (passed < FEW and not self._steady)

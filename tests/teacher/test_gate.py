@@ -1,6 +1,7 @@
 """The gate: what a server grants is what it gets, by a simulated clock; and rate limits in whole runs, over sockets."""
 
 import asyncio
+import random
 import time
 
 import pytest
@@ -98,6 +99,37 @@ def test_a_server_that_says_exactly_how_long_loses_nothing_by_a_refusal():
     server.exactly = True
     assert 3.7 <= simulate(server, 400) <= 4
     assert len(server.refused) < 63 + 15
+
+
+def test_refusals_that_cost_nothing_keep_nobody_slow():
+    """A server that is slow at first, and turns down one request of sixteen for 5 ms all the time."""
+    draw, answered = random.Random(3), []
+
+    async def one(gate):
+        now, again = asyncio.get_running_loop().time, False
+        while True:
+            async with gate.place(again) as place:
+                await asyncio.sleep(0.002)
+                if draw.random() >= 1 / 16:
+                    await asyncio.sleep(6 if len(answered) < 100 else 0.02)
+                    answered.append(now())
+                    place.succeeded()
+                    return
+                again = True
+                place.limited(0.005)
+
+    async def run():
+        gate, places = Gate(0.01), asyncio.Semaphore(32)
+
+        async def placed():
+            async with places:
+                await one(gate)
+
+        await asyncio.gather(*(placed() for _ in range(2000)))
+
+    with asyncio.Runner(loop_factory=SimulatedLoop) as runner:
+        runner.run(run())
+    assert 500 / (answered[-1] - answered[-501]) > 100  # a second
 
 
 def test_without_a_limit_there_is_no_pace():
