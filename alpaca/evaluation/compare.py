@@ -10,7 +10,7 @@ from alpaca.evaluation.figures import IFEVAL, JUDGED, MEASURED, Figures, differe
 from alpaca.evaluation.judge import Verdicts
 from alpaca.evaluation.report import judged_rows
 from alpaca.evaluation.run import read_judging
-from alpaca.generation.directory import locked, open_log
+from alpaca.teacher.directory import locked, open_log
 
 
 def compare_directories(a: str, b: str) -> dict[str, dict[str, Any]]:

@@ -60,8 +60,11 @@ def encode_prompt(template: str, comparison: dict[str, str], swapped: bool) -> s
 
 
 _VERDICTS = {"a": "A", "b": "B", "tie": "tie"}
-_MARKUP = r"[\s*_#>`'\"\[\]().]*"
-_LAST_LINE = re.compile(f"{_MARKUP}verdict{_MARKUP}:{_MARKUP}(?:answer )?(a|b|tie){_MARKUP}", re.IGNORECASE)
+_MARKUP = r"[\s*_#>`'\"\[\]().!\-\u200b]*"
+_LAST_LINE = re.compile(
+    f"{_MARKUP}(?:final )?verdict{_MARKUP}[:：]{_MARKUP}(?:answer )?(a|b|tie){_MARKUP}", re.IGNORECASE
+)
+_LAST_TOKENS = re.compile(r"(?:\s*(?:<\|\w+\|>|</s>|<end_of_turn>|<｜[^｜>]*｜>))+\s*\Z")  # of chat templates
 _FENCED = re.compile(r"```\w*\n(.*)\n```", re.DOTALL)
 
 
@@ -71,13 +74,20 @@ def read_verdict(reply: str, finish_reason: str | None = None) -> str | None:
     Only what the reply ends with counts, the JSON object {"verdict": …} or a last line `Verdict: …`: what it quotes of
     the answers before that does not. A reply cut off for length ends in the middle, unless it is whole JSON.
     """
-    text = reply.rpartition("</think>")[2].strip()
+    text = _LAST_TOKENS.sub("", reasoning_taken_out(reply))
     fenced = _FENCED.fullmatch(text[text.find("```") :]) if text.endswith("```") else None
     for candidate in (text, fenced and fenced.group(1), text[text.rfind("\n{") + 1 :]):
         if candidate and (verdict := _json_verdict(candidate)):
             return verdict
-    last = _LAST_LINE.fullmatch(text.rpartition("\n")[2].strip())
+    lines = [line for line in text.split("\n") if not re.fullmatch(_MARKUP, line)]
+    last = _LAST_LINE.fullmatch(lines[-1]) if lines else None
     return _VERDICTS[last.group(1).lower()] if last and finish_reason != "length" else None
+
+
+def reasoning_taken_out(reply: str) -> str:
+    """A reply without what a reasoning model thinks before it; "" where it never comes to an answer."""
+    reply = reply.rpartition("</think>")[2].strip()
+    return "" if reply.startswith("<think>") else reply
 
 
 def _json_verdict(text: str) -> str | None:
@@ -91,7 +101,7 @@ def _json_verdict(text: str) -> str | None:
     except (ValueError, RecursionError):
         return None
     verdict = value.get("verdict") if isinstance(value, dict) else None
-    return _VERDICTS.get(verdict.strip().lower()) if isinstance(verdict, str) else None
+    return _VERDICTS.get(verdict.strip().lower().removeprefix("answer ")) if isinstance(verdict, str) else None
 
 
 def verdict_without_judge(answer: str, opponent: str) -> float | None:

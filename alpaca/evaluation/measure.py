@@ -26,6 +26,7 @@ from alpaca.evaluation.pairs import read_records
 from alpaca.prompts import format_prompt
 from alpaca.teacher.request_log import Log
 
+WRITTEN = ("settings.json", "answers.json", "ifeval_questions.json", "ifeval_answers.json", "rows.json", "report.json")
 SHORTEST_REPEATED = 4  # words of an instruction or input that an answer is said to repeat
 INSTALL_IFEVAL = "pip install if-verifiable"
 

@@ -21,6 +21,7 @@ from alpaca.evaluation.statistics import (
     win_rate,
     win_rate_interval,
 )
+from alpaca.teacher.request_log import Meter
 
 MOST_MISSING = 2.0  # percent of the instructions; above it the judging has failed
 CANARY_LIMIT = 10.0  # percent; a judge with whom a canary wins more is named
@@ -110,17 +111,21 @@ def build(header: dict, settings: dict, records: Sequence[dict], human: str | No
         report["canary"] = {}
         canaries = judged_rows(canary_comparisons(pairs), verdicts, first=len(pairs))
         for name in dict.fromkeys(row["canary"] for row in canaries):
-            found = summarize([row for row in canaries if row["canary"] == name])
-            won = None if found["win_rate"] is None else 100 - found["win_rate"]
-            report["canary"][name] = {"win_rate": won, "instructions": found["instructions"] - found["missing"]}
+            judged = [row["preference"] for row in canaries if row["canary"] == name and row["preference"] is not None]
+            won = 100 - win_rate(judged) if judged else None
+            report["canary"][name] = {"win_rate": won, "instructions": len(judged)}
     if human:
         report["human"] = compare_with_human(rows, human, header["names"])
-    usage = [record["usage"] for record in records if record.get("usage")]  # None: nobody knows what it cost
-    tokens = {name: sum(used[name] for used in usage) for name in ("prompt_tokens", "completion_tokens")}
-    prices = settings["price_in"], settings["price_out"]
-    money = None
-    if None not in prices:
-        money = (tokens["prompt_tokens"] * prices[0] + tokens["completion_tokens"] * prices[1]) / 1e6
+    meter = Meter(price_in=settings["price_in"], price_out=settings["price_out"])
+    names = ("prompt_tokens", "completion_tokens")
+    # Whole numbers, so that the sum does not depend on the order in which the replies came; None: nobody knows.
+    live, batch = (
+        {name: sum(r["usage"][name] for r in records if r.get("usage") and r["batch"] == by_batch) for name in names}
+        for by_batch in (False, True)
+    )
+    tokens = {name: live[name] + batch[name] for name in names}
+    unpriced = None in (settings["price_in"], settings["price_out"])
+    money = None if unpriced else meter.price(live) + meter.price(batch, batch=True)
     answered = sorted({record["model"] for record in records if "answer" in record})
     provenance = {
         "answers": header["names"][0],

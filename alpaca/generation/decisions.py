@@ -37,11 +37,10 @@ class Decisions:
                 self._file.close()
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
-            self._file = Log(path)
+            self._file = Log(path, left_on_disk=("kept",))
             self._file.append(first, sync=False)
         bytes_ = [byte for byte, _ in self._file.places]
         self._known = list(zip(bytes_, self._file.records, strict=True))[:0:-1]
-        self._file.records = []
 
     def advance(self, collection: Collection) -> None:
         """Collection.advance, without deciding anew what is known."""

@@ -1,13 +1,8 @@
-"""The output directory of a run: who works in it, its log, what was decided, and what is written at the end."""
+"""The output directory of a generation run: how its log begins, what was decided, and what is written at the end."""
 
 import collections
-import contextlib
-import fcntl
 import json
 import os
-import sys
-import time
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 from tqdm import tqdm
@@ -15,49 +10,11 @@ from tqdm import tqdm
 from alpaca.common import ExitCode, ExpectedError, jload
 from alpaca.generation.decisions import Decisions
 from alpaca.generation.self_instruct import Collection, write_regen
+from alpaca.teacher.directory import last_settings, say
 from alpaca.teacher.request_log import Log, Meter
 
 LARGE = ("answer", "raw")  # fields of the log that do not stay in memory
-
-
-@contextlib.contextmanager
-def locked(output_dir: str) -> Iterator[None]:
-    """Only one process works in an output directory; the lock goes with the process, however that ends."""
-    try:
-        os.makedirs(output_dir, exist_ok=True)
-        file = open(os.path.join(output_dir, ".lock"), "a+")
-    except OSError as error:
-        raise ExpectedError(f"{output_dir}: {error.strerror}; choose a writable --output_dir", ExitCode.DISK)
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise ExpectedError(
-                f"{output_dir} is in use by {file.read().strip() or 'another process'}; wait for it or choose another",
-                ExitCode.LOCKED,
-            )
-        for name in os.listdir(output_dir):  # what a killed process may have left of writing regen.json
-            if name.startswith(".regen.json.") and name.endswith(".tmp"):
-                os.unlink(os.path.join(output_dir, name))
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {os.uname().nodename}, since {time.ctime()}\n")
-        file.flush()
-        yield
-
-
-def open_log(output_dir: str, left_on_disk: Iterable[str] = ()) -> Log:
-    try:
-        log = Log(os.path.join(output_dir, "requests.jsonl"), left_on_disk)
-    except OSError as error:
-        raise ExpectedError(f"{error.filename}: {error.strerror}; choose a writable --output_dir", ExitCode.DISK)
-    if log.cut_off:
-        say(f"requests.jsonl: cut off {log.cut_off} bytes of a last line that was not finished")
-    return log
-
-
-def say(message: str) -> None:
-    tqdm.write(message, file=sys.stderr)
+WRITTEN = ("regen.json",)
 
 
 def entries_without_log(output_dir: str) -> list[dict[str, Any]]:
@@ -79,7 +36,7 @@ def begin_or_continue(log: Log, output_dir: str, header: dict[str, Any], setting
     """Begin the log with all that regen.json depends on, or compare with what it begins with. → the log's header."""
     if not log.records:
         header |= {"already_kept": entries_without_log(output_dir)}
-        log.places.append(log.append({"run": header}))
+        log.append({"run": header})
     else:
         for name, value in header.items():
             # A run that is older than a rule goes on without it.
@@ -95,14 +52,10 @@ def begin_or_continue(log: Log, output_dir: str, header: dict[str, Any], setting
     return header
 
 
-def last_settings(records: list[dict[str, Any]]) -> dict[str, Any] | None:
-    return next((record["settings"] for record in reversed(records) if "settings" in record), None)
-
-
 def use_logged_answers(collection: Collection, log: Log, decisions: Decisions, skip_missing: bool = False) -> None:
     """The log's answers, in order of their requests; behind a gap (a request to be made again) they wait."""
     answers = [
-        {**record, "place": place} for record, place in zip(log.records, log.places, strict=False) if "answer" in record
+        {**record, "place": place} for record, place in zip(log.records, log.places, strict=True) if "answer" in record
     ]
     for record in tqdm(
         sorted(answers, key=lambda record: record["request"]), "using answers", disable=None, leave=False

@@ -12,7 +12,7 @@ MARKS = r"#>*_•·●▪‣+\-–— \t"  # of headings, quotations, bold type 
 # ----------------------------------------------------------------------------------------------- what is no answer
 
 # <think>, <thinking>, <seed:think>, [THINK], ◁think▷, <|begin_of_thought|>, <|START_THINKING|>, and what closes them.
-_THOUGHT = r"(?:\w{1,20}[:_])?(?:think(?:ing)?|thoughts?|reasoning)"
+_THOUGHT = r"(?:\w{1,20}[:_])?(?:(?:ant)?think(?:ing)?|thoughts?|reasoning|reflection|scratchpad)"
 _OPENS = (
     rf"<{_THOUGHT}>|\[THINK\]|◁think▷|<\|(?:begin_of_|start_)?{_THOUGHT}\|>|<unused94>(?:thought)?"
     r"|<details type=\"reasoning\"[^<>\n]{0,80}>"
@@ -22,19 +22,24 @@ _OPENING = re.compile(rf"(?:^|Instruction[ \t]*[*_]*[:：][*_]*)[ \t]*(?P<tag>{_
 _CLOSING = re.compile(rf"{_CLOSES}|</details>", re.IGNORECASE)
 _CLOSING_LINE = re.compile(rf"^[ \t]*(?:{_CLOSES})|(?:{_CLOSES})[ \t]*$", re.MULTILINE | re.IGNORECASE)
 # The channels of gpt-oss, as tokens or with the tokens lost.
-_FINAL = re.compile(r".*<\|channel\|>\s*final\b[^<\n]{0,40}<\|message\|>|\s*analysis.*assistantfinal", re.DOTALL)
+_FINAL = re.compile(
+    r".*<\|channel\|>\s*final\b[^<\n]{0,40}<\|message\|>|\s*(?:assistant)?analysis.*assistantfinal", re.DOTALL
+)
 _NOT_FINAL = re.compile(r"\s*(?:<\|start\|>\s*assistant)?\s*<\|channel\|>\s*(?:analysis|commentary)\b")
-_MENTIONED = ("think", "thought", "reasoning", "<unused9", "<|channel|>", "assistantfinal")
+_MENTIONED = ("think", "thought", "reasoning", "reflection", "scratchpad")
+_MENTIONED += ("<unused9", "<|channel|>", "assistantfinal")
 
 # </s>, <|im_end|>, <|eot_id|>, <end_of_turn>, <｜end▁of▁sentence｜>, [/INST] …
 _TOKEN = (
-    r"(?:</s>|<\|[\w▁]{1,40}\|>|<｜[^<>\n｜]{1,40}｜>|<(?:start_of_turn|end_of_turn|[be]os|pad)>|\[/?INST\]|\[EOS\])"
+    r"(?:</s>|</assistant>|<\|[\w▁]{1,40}\|>|\[\|\w{1,40}\|\]|<｜[^<>\n｜]{1,40}｜>|<turn\|>"
+    r"|<(?:start_of_turn|end_of_turn|[be]os|pad)>|\[/?INST\]|\[EOS\])"
 )
 _TOKENS_FIRST = re.compile(
     rf"\s*(?:(?!{_OPENS})(?:{_TOKEN}|<s>)\s*(?:(?:assistant|model)\b(?=\s*(?:\n|<)))?)+", re.IGNORECASE
 )
-_TOKEN_LAST = re.compile(rf"{_TOKEN}\Z", re.IGNORECASE)
-_TOKEN_OR_FENCE = re.compile(rf"^[ \t]*```|^[ \t]*{_TOKEN}|{_TOKEN}[ \t]*$", re.MULTILINE | re.IGNORECASE)
+_ROLE = r"(?:user|assistant|system|model)?"  # whose turn the token begins
+_TOKEN_LAST = re.compile(rf"{_TOKEN}{_ROLE}\Z", re.IGNORECASE)
+_TOKEN_OR_FENCE = re.compile(rf"^[ \t]*```|^[ \t]*{_TOKEN}|{_TOKEN}{_ROLE}[ \t]*$", re.MULTILINE | re.IGNORECASE)
 _WRAPPER = re.compile(r"\s*<(answer|response|output|solution)>\s*\n", re.IGNORECASE)
 
 _BLANK_OR_SEPARATOR = rf"(?:[ \t]*\n|{SEPARATOR.pattern}\n)*"
@@ -93,7 +98,7 @@ def _strip_first_tokens(text: str) -> str:
 # ------------------------------------------------------------------------------------------------ what is no field
 
 _BOLD = re.compile(r"(\*{2,3}|__)(?=\S)(?P<inside>(?:(?!\1).)+)(?<=\S)\1", re.DOTALL)
-_AROUND = " \t\n`*_\"'“”‘’<>()[]{}（）［］【】「」＜＞〈〉《》.。:：!"
+_AROUND = " \t\n`*_\"'“”‘’<>()[]{}（）［］【】「」＜＞〈〉《》.。:：!/"
 _BRACKETS = tuple("<([（［【＜〈《")
 _NO_INPUT = re.compile(
     r"(?:no[ \t_-]*(?:additional |further |specific |extra |other )?inputs?(?: data)?(?: (?:is|was))?"
@@ -103,7 +108,7 @@ _NO_INPUT = re.compile(
     # In the languages that are tested, where a teacher translates the mark.
     r"|[无無](?:输入|輸入)?|没有输入|無需輸入|(?:无需|不需要)输入|(?:入力)?なし|입력 ?없음|없음|ไม่มี(?:ข้อมูล|อินพุต)?"
     r"|لا يوجد(?: إدخال| مدخلات)?|(?:कोई )?इनपुट नहीं|(?:καμία|χωρίς) είσοδος?|nincs(?: bemenet)?"
-    r"|keine? (?:eingabe|input)|sin entrada|aucune entrée",
+    r"|keine? (?:eingabe|input)|sin entrada|ningun[ao]|aucune entrée|nessun input|нет(?: ввода| входных данных)?",
     re.IGNORECASE,
 )
 _EMPTY = re.compile(r"(?:empty|blank|nothing|(?:the )?input(?:, or <noinput>?)?)", re.IGNORECASE)  # in brackets
@@ -115,6 +120,7 @@ def has_no_input(text: str) -> bool:
     """Whether an input field says that there is none: <noinput>, `No input`, N/A, None (not needed), (no input) …"""
     if len(text) > 100:
         return False
+    text = text.replace("\\<", "<").replace("\\>", ">").replace("&lt;", "<").replace("&gt;", ">")
     bare = text.strip(" \t\n`*_\"'“”‘’.")
     inside = re.sub(r"(?<=[\w>])\s*[(（][^()（）]*[)）]\Z", "", bare).strip(_AROUND)  # "None (none is needed)"
     if not inside or (bare[:1] in _BRACKETS and _EMPTY.fullmatch(inside)):

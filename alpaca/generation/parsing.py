@@ -188,7 +188,7 @@ def read_tasks(text: str, first_number: int, cut: bool) -> list[tuple[str, str, 
 
     `cut`: decoding did not come to its end, so that the last task is not whole.
     """
-    if not _HEADER.sub("", cleaned := clean_text(text), count=1).strip() and cleaned != text:
+    if only_reasoning(text, cleaned := clean_text(text)):
         return ["reasoning without an answer"]
     text = cleaned
     if not any(header["part"].lower() == "output" for header in _HEADER.finditer(text)) and not _INLINE.search(text):
@@ -197,6 +197,11 @@ def read_tasks(text: str, first_number: int, cut: bool) -> list[tuple[str, str, 
         text = number_headers(text, first_number)
     read = _read_layout(text, first_number, cut, _HEADER, clean=True)
     return ["unreadable answer"] if read and all(task == "malformed" for task in read) else read
+
+
+def only_reasoning(text: str, cleaned: str) -> bool:
+    """Whether clean_text left nothing of an answer."""
+    return cleaned != text and not _HEADER.sub("", cleaned, count=1).strip()
 
 
 def _read_layout(text: str, first_number: int, cut: bool, header: re.Pattern, clean: bool = False) -> list:

@@ -9,7 +9,7 @@ from typing import Any
 
 from alpaca.data.words import TOKENIZATION
 from alpaca.generation.decisions import Decisions
-from alpaca.generation.directory import LARGE, begin_or_continue, locked, open_log, say, use_logged_answers
+from alpaca.generation.directory import LARGE, WRITTEN, begin_or_continue, use_logged_answers
 from alpaca.generation.parsing import PARSER, Limits
 from alpaca.generation.run import Run
 from alpaca.generation.self_instruct import (
@@ -22,6 +22,7 @@ from alpaca.generation.self_instruct import (
     sample_seed_tasks,
 )
 from alpaca.teacher.client import OpenAIDecodingArguments, Teacher
+from alpaca.teacher.directory import locked, open_log, say
 from alpaca.teacher.request_log import Meter
 
 
@@ -57,7 +58,7 @@ def prepared(arguments: dict[str, Any]) -> Iterator[tuple[Run, dict, dict]]:
         tasks = sample_seed_tasks(seed_tasks, number, flags.seed, flags.num_prompt_instructions)
         return [task["id"] for task in tasks], encode_prompt(tasks, flags.language)
 
-    with locked(flags.output_dir), contextlib.closing(open_log(flags.output_dir, LARGE)) as log:
+    with locked(flags.output_dir, WRITTEN), contextlib.closing(open_log(flags.output_dir, LARGE)) as log:
         if not log.records and not flags.seeds_anyway:
             check_seed_tasks(seed_tasks, limits_of(settings))
         header = begin_or_continue(log, flags.output_dir, header, settings)

@@ -10,11 +10,14 @@ import asyncio
 import math
 import random
 
-FAST = 1.15  # the pace grows so much with each answer, until it comes near what was too much
-NEAR = 0.93  # of what was too much
-CREEP = 0.004  # from there it grows by this share in a second, and half as fast each time the limit proves to be known
-SOON = 8  # answers; a server that has had enough before as many was asked far too fast
-SHORT = 0.05  # seconds; pauses that short, time and again, cost less than a pace that is too low
+FAST = 1.15  # the pace grows so much with each answer, until it is too much for the first time
+CREEP = 0.004  # from then on by this share in a second, half as fast each time the limit proves to be known
+QUIET = 25.0  # seconds without a limit; then it creeps twice as fast, after 75 ten times: the limit may be another
+FEW, MANY = 8, 32  # answers since the last limit
+# What is left of the pace after a limit: soon (or the first one), later, and after many answers. Those after many may
+# come of two requests that arrived together, which no other pace would prevent.
+SLOWEST, SLOWER, SLOW = 0.82, 0.9, 0.96
+SHORT = 0.02  # seconds; pauses that short, three in a row, cost nothing: the pace grows with them
 LONGEST_WAIT = 60.0  # seconds, where the server does not say
 
 
@@ -64,6 +67,7 @@ class Gate:
         self._sent = self._refused = 0  # since then
         self._pauses = [math.inf] * 3  # seconds, the last ones
         self._grown_at = 0.0
+        self._steady = False  # whether many answers had come before the last limit
         self._turns = asyncio.Lock(), asyncio.Lock()  # of new requests, and of those that come again
         self._again = 0  # how many come again
         self._changed = asyncio.Event()
@@ -118,11 +122,10 @@ class Gate:
         self.limits_in_a_row = 0
         if self._limited_at is not None or sent < self._begun:
             return
-        near = NEAR * self.too_much
-        if self.pace < near:
-            self.pace = min(near, self.pace * FAST)
+        if self.too_much == math.inf:
+            self.pace *= FAST
         else:
-            quiet = (now - self._begun) / 10
+            quiet = (now - self._begun) / QUIET
             self.pace *= math.exp(self.creep * (1 + quiet**2) * min(1.0, now - self._grown_at))
         self._grown_at = now
         self.most += 1 / self.most if self.most > 2 * self.pace * self.latency else 1
@@ -144,6 +147,7 @@ class Gate:
             seconds = max(seconds or 0.0, backoff)
         self.open_at = max(self.open_at, now + seconds)
         self._pauses = [*self._pauses[1:], seconds]
+        self._next = now  # the next one leaves as soon as the pause ends
         self.most = max(1, math.ceil(self.in_flight / 2))
 
     def choose_pace(self, now: float) -> None:
@@ -153,14 +157,17 @@ class Gate:
             granted = passed / (now - self._begun)
             self.most = max(self.most, math.ceil(granted * self.latency))  # what that pace needs (Little's law)
             if (pause := max(self._pauses)) < SHORT:
-                granted = max(granted, 1 / max(pause, 1e-3))
-            if self.pace == math.inf:
+                self.pace = max(granted, min(self.pace * FAST, 1 / max(pause, 1e-3)))
+            elif self.pace == math.inf:
                 self.pace = granted
             else:
+                soon = self.too_much == math.inf or (passed < FEW and not self._steady)
+                down = SLOWEST if soon else SLOW if passed >= MANY or self._steady else SLOWER
                 known = 1 / 1.15 < self.pace / self.too_much < 1.15
                 self.creep = max(CREEP / 8, self.creep / 2) if known else CREEP
                 self.too_much = self.pace
-                self.pace = max(granted, self.pace * (NEAR if known else 0.7 if passed < SOON else 0.85))
+                self.pace = max(granted, self.pace * down)
+                self._steady = passed >= MANY
         self._limited_at = self._begun = None
         self._sent = self._refused = 0
         self._next = now

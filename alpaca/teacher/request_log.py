@@ -1,9 +1,10 @@
-"""What a generation run has paid for: the log that keeps every answer, and the meter that counts against limits."""
+"""What a run has paid for: the log that keeps every answer, and the meter that counts against limits."""
 
 import collections
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterable
 from typing import Any
 
@@ -106,14 +107,15 @@ class Log:
     """An append-only file of JSON records, each synced before `append` returns, each with a checksum of its own line.
 
     Private (0600), since answers are in it. Opening it cuts off a torn last line, which a killed process may leave;
-    damage anywhere else raises ExpectedError (INTEGRITY). `records` holds what was there when it was opened, with None
-    for the fields `left_on_disk`, which may be large: `read` brings a whole record, `places` says where each one is.
+    damage anywhere else raises ExpectedError (INTEGRITY). `records` holds what is in it, with None for the fields
+    `left_on_disk`, which may be large: `read` brings a whole record, `places` says where each one is.
     """
 
     def __init__(self, path: str, left_on_disk: Iterable[str] = ()):
-        left_on_disk = {*left_on_disk}
+        self._left_on_disk = {*left_on_disk}
         new = not os.path.exists(path)
         self._path = path
+        self._lock = threading.Lock()
         self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         os.fchmod(self._handle, 0o600)
         if new:
@@ -136,10 +138,12 @@ class Log:
                         f"it off there to ask again for what follows: truncate -s {self._end} {path}",
                         ExitCode.INTEGRITY,
                     )
-                record = json.loads(content + b"}")
-                self.records.append({**record, **dict.fromkeys(record.keys() & left_on_disk)})
-                self.places.append((self._end, checksum.decode()))
-                self._end += len(line)
+                self._add(json.loads(content + b"}"), checksum, len(line))
+
+    def _add(self, record: dict[str, Any], checksum: bytes, length: int) -> None:
+        self.records.append({**record, **dict.fromkeys(record.keys() & self._left_on_disk)})
+        self.places.append((self._end, checksum.decode()))
+        self._end += length
 
     @property
     def first_checksum(self) -> str:
@@ -155,22 +159,27 @@ class Log:
     def append(self, record: dict[str, Any], sync: bool = True) -> tuple[int, str]:
         """Write a record and sync it. → its place. Where the disk is full nothing of it stays, and OSError is raised.
 
-        `sync` False: it survives the end of this process, but perhaps not that of the machine.
+        `sync` False: it survives the end of this process, but perhaps not that of the machine. Threads may append at
+        the same time; one that waits for the disk holds up no other.
         """
         content = json.dumps(record).encode()[:-1]
         line = content + _CHECKSUM % (checksum := _checksum(content))
         try:
-            written = 0
-            while written < len(line):
-                written += os.write(self._handle, line[written:])
+            with self._lock:
+                try:
+                    written = 0
+                    while written < len(line):
+                        written += os.write(self._handle, line[written:])
+                except OSError:
+                    os.ftruncate(self._handle, self._end)
+                    raise
+                self._add(record, checksum, len(line))
+                place = self.places[-1]
             if sync:
                 os.fsync(self._handle)
         except OSError as error:
-            os.ftruncate(self._handle, self._end)
             error.filename = self._path
             raise
-        place = self._end, checksum.decode()
-        self._end += len(line)
         return place
 
     def cut_at(self, byte: int) -> None:
@@ -178,6 +187,9 @@ class Log:
         os.ftruncate(self._handle, byte)
         os.fsync(self._handle)
         self._end = byte
+        while self.places and self.places[-1][0] >= byte:
+            self.places.pop()
+            self.records.pop()
 
     def close(self) -> None:
         os.close(self._handle)

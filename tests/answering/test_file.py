@@ -6,8 +6,9 @@ import subprocess
 import sys
 import time
 
+import inference
 from tests.answering.asking import COLOUR, MIXED, main, mistake
-from tests.conftest import ROOT, run
+from tests.conftest import ROOT
 
 
 def write_questions(path, examples):
@@ -50,7 +51,7 @@ def test_merged_inputs_are_alpaca_evals_form_of_the_same_answers(taught, tmp_pat
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(taught, tmp_path, monkeypatch, capsys):
-    questions = write_questions(tmp_path / "in.json", [{"instruction": f"Say {n}."} for n in range(40)])
+    questions = write_questions(tmp_path / "in.json", [{"instruction": f"Say {n}."} for n in range(16)])
     flags = ["--data_path", questions, "--batch_size", "2", "--temperature", "1.5", "--max_new_tokens", "24"]
     flags = ["--device", "cpu", *flags, "--output_path"]
     main(capsys, taught, *flags, tmp_path / "whole.json")
@@ -72,8 +73,9 @@ def test_a_killed_run_goes_on_to_the_same_bytes(taught, tmp_path, monkeypatch, c
 
     code, line = mistake(monkeypatch, capsys, *flags, "--seed", "1", "--max_new_tokens", "20")
     assert code == 2 and "other settings (max_new_tokens, seed)" in line
-    resumed = run("inference.py", *flags)
-    assert resumed.returncode == 0 and "notice: 3 answers are there already" in resumed.stderr
+    monkeypatch.setattr(sys, "argv", ["inference.py", *map(str, flags)])
+    inference.main()
+    assert "notice: 3 answers are there already" in capsys.readouterr().err
     assert out.read_bytes() == (tmp_path / "whole.json").read_bytes()
     assert not partial.exists()
     code, line = mistake(monkeypatch, capsys, *flags)

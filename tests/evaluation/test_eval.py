@@ -5,8 +5,10 @@ import json
 import random
 import re
 import signal
+import threading
 
 import pytest
+from aiohttp import web
 
 import eval as script
 from alpaca.common import ExitCode
@@ -192,8 +194,8 @@ def test_bytes_do_not_depend_on_concurrency_faults_or_interruptions(tmp_path):
         assert not path.is_file() or KEY.encode() not in path.read_bytes()
 
 
-@pytest.mark.parametrize("signals", [[signal.SIGKILL] * 3, [signal.SIGINT, signal.SIGTERM]])
-def test_an_interrupted_run_goes_on_and_pays_nothing_twice(tmp_path, signals):
+def test_an_interrupted_run_goes_on_and_pays_nothing_twice(tmp_path):
+    signals = [signal.SIGKILL, signal.SIGINT, signal.SIGKILL, signal.SIGTERM]
     files = write(tmp_path, *suite(8, 12))
     with TeacherServer(answer=judge_by(better), delay=0.05) as server:
         for number, signal_number in enumerate(signals, 1):
@@ -208,7 +210,7 @@ def test_an_interrupted_run_goes_on_and_pays_nothing_twice(tmp_path, signals):
     logged = [record["request"] for record in records(tmp_path / "judged") if "answer" in record]
     assert sorted(logged) == list(range(40))
     lost = sum(server.answered.values()) - 40  # answered, and killed before they were in the log
-    assert lost <= (4 * 3 if signal.SIGKILL in signals else 0)
+    assert lost <= 4 * signals.count(signal.SIGKILL)
     with TeacherServer(answer=judge_by(better)) as server:
         run_judge(server, files, tmp_path / "undisturbed")
     assert (tmp_path / "judged" / "report.json").read_bytes() == (tmp_path / "undisturbed" / "report.json").read_bytes()
@@ -221,6 +223,72 @@ def test_a_cost_is_projected_and_counted(tmp_path, capsys):
     assert float(expected.group(1)) == pytest.approx(0.05, abs=0.03)
     cost = {"prompt_tokens": 20_000, "completion_tokens": 10_000, "money": 0.12}
     assert report["cost"] == cost  # 1,000 and 500 tokens each by this server
+
+
+def test_the_batch_api_asks_a_judge_for_half_the_price(tmp_path):
+    files = write(tmp_path, *suite(6, 3, 1))
+    arguments = {"price_in": 2, "price_out": 8, "batch_api": True, "batch_requests": 8, "poll_seconds": 0.01}
+    with TeacherServer(answer=judge_by(better)) as server:
+        live = run_judge(server, files, tmp_path / "live", price_in=2, price_out=8)
+        asked = len(server.bodies)
+        report = run_judge(server, files, tmp_path / "batch", **arguments)
+        assert len(server.bodies) == asked and len(server.batches) == 3
+        assert report["cost"].pop("money") == pytest.approx(live["cost"].pop("money") / 2) and report == live
+        # A line without a verdict, and one that failed, go into the next batch.
+        undecided = iter(["no response", "Both.", *[None] * 99])
+
+        def line(number, body):
+            way = next(undecided)
+            payload = server.payload(body, chat=True)
+            if way == "Both.":
+                payload["choices"][0]["message"]["content"] = way
+                return {"response": {"status_code": 200, "body": payload}}
+            return way and {"error": {"code": "batch_expired"}}
+
+        server.batch_line = line
+        report = run_judge(server, files, tmp_path / "again", **arguments)
+        assert report["win_rate"] == live["win_rate"] and report["missing"] == 0
+        assert [len(server.files[b["input_file_id"]].splitlines()) for b in [*server.batches.values()][3:]] == [8, 8, 6]
+
+
+@pytest.mark.parametrize("words", ["", "<think>Answer A is longer, and"])
+def test_a_judge_that_spends_its_tokens_on_thinking_is_stopped_soon(tmp_path, words):
+    def thought_away(server, body, attempt):
+        choice = {"index": 0, "finish_reason": "length", "message": {"role": "assistant", "content": words}}
+        return web.json_response({"choices": [choice], "usage": {"prompt_tokens": 900, "completion_tokens": 2048}})
+
+    files = write(tmp_path, *suite(20, 20))
+    with TeacherServer(fault=thought_away) as server:
+        with fails(ExitCode.BUDGET, "3 answers in a row .*thinking.*--max_tokens.*reasoning_effort"):
+            run_judge(server, files, tmp_path / "judged", concurrency=32)
+        assert len(server.bodies) == 3
+    with TeacherServer(answer=judge_by(better)) as server:
+        run_judge(server, files, tmp_path / "judged", extra_body='{"reasoning_effort": "low"}')
+        assert all(body["reasoning_effort"] == "low" for body in server.bodies)
+
+
+def test_what_a_killed_process_asked_counts(tmp_path, capsys):
+    files = write(tmp_path, *suite(20, 0))
+    with TeacherServer(answer=judge_by(better), delay=lambda: 30 if len(server.bodies) > 2 else 0) as server:
+        process = start_judge(server, files, tmp_path / "judged", "--concurrency", "4")
+        wait_for(lambda: server.in_flight == 4)
+        process.kill()
+        process.communicate()
+        asked = len(server.bodies)
+        with fails(ExitCode.BUDGET, "max_requests is used up"):
+            server.delay = 0
+            run_judge(server, files, tmp_path / "judged", max_requests=asked + 2)
+        assert len(server.bodies) == asked + 2
+        assert "4 requests more were asked and not received" in capsys.readouterr().err
+
+
+def test_judging_from_a_thread_works(tmp_path):
+    with TeacherServer(answer=judge_by(better)) as server:
+        files = write(tmp_path, *suite(2, 2))
+        thread = threading.Thread(target=run_judge, args=(server, files, tmp_path / "judged"))
+        thread.start()
+        thread.join()
+    assert read(tmp_path / "judged")["win_rate"] == 50
 
 
 def test_canaries_that_win_are_named(tmp_path, capsys):
@@ -318,7 +386,7 @@ def test_a_directory_holds_one_judging(tmp_path):
         (tmp_path / "report.json").write_text("{}")
         with fails(ExitCode.USAGE, "holds a report and no judging"):
             run_judge(server, files, tmp_path)
-        with fails(ExitCode.USAGE, "would be replaced"):
+        with fails(ExitCode.USAGE, "report.json is --answers .*which is read"):
             run_judge(server, {**files, "answers": str(tmp_path / "report.json")}, tmp_path)
         with fails(ExitCode.USAGE, "no requests.jsonl"):
             script.report(str(tmp_path / "nowhere"))

@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import signal
-import subprocess
 import sys
 
 import numpy as np
@@ -14,16 +11,16 @@ import transformers
 from rouge_score import rouge_scorer
 
 import eval as script
-from alpaca.common import ExitCode
+from alpaca.common import ExitCode, run_main
 from alpaca.evaluation.figures import MEASURED, differences_of, figures_of
 from alpaca.evaluation.measure import repeats_prompt, row_of
 from alpaca.prompts import format_prompt
 from tests.answering.asking import LESSONS
-from tests.answering.conftest import one_thread, taught  # noqa: F401
-from tests.conftest import ROOT
+from tests.answering.conftest import one_thread  # noqa: F401
 from tests.evaluation.judging import better, judge_by, run_judge, suite, write
 from tests.generation.runs import fails, wait_for
 from tests.teacher.teacher_server import TeacherServer
+from tests.training import forked
 
 HELD_OUT = [
     *({**example, "output": text} for example, text in LESSONS[:3]),
@@ -47,13 +44,19 @@ def measure(model, data, output_dir, **arguments):
     return json.loads((output_dir / "report.json").read_text())
 
 
+def measure_as_a_script(*flags):
+    torch.set_num_threads(1)
+    sys.argv = ["eval.py", "measure", *flags]
+    run_main(script.main)
+
+
 @pytest.fixture(scope="module")
-def measured(taught, held_out, tmp_path_factory):  # noqa: F811
+def measured(taught, held_out, tmp_path_factory):
     directory = tmp_path_factory.mktemp("measured")
     return directory, measure(taught, held_out, directory / "a")
 
 
-def test_losses_are_those_of_one_example_after_the_other(taught, measured):  # noqa: F811
+def test_losses_are_those_of_one_example_after_the_other(taught, measured):
     directory, report = measured
     tokenizer = transformers.AutoTokenizer.from_pretrained(taught)
     model = transformers.AutoModelForCausalLM.from_pretrained(taught)
@@ -117,21 +120,18 @@ def test_what_counts_as_repeating_and_as_the_same_word():
         assert row["exact_match"] == match and row["empty"] == 0 and row["loss"] is None
 
 
-def test_a_killed_measurement_goes_on_to_the_same_bytes(taught, held_out, measured, tmp_path):  # noqa: F811
+def test_a_killed_measurement_goes_on_to_the_same_bytes(taught, held_out, measured, tmp_path):
     directory, _ = measured
-    command = [sys.executable, "eval.py", "measure", "--model_name_or_path", str(taught), "--data_path", held_out]
-    command += ["--output_dir", str(tmp_path / "b"), "--max_new_tokens", "40", "--batch_size", "3"]
-    command += ["--dtype", "float32", "--device", "cpu"]
+    flags = ["--model_name_or_path", taught, "--data_path", held_out, "--output_dir", tmp_path / "b"]
+    flags += ["--max_new_tokens", 40, "--batch_size", 3, "--dtype", "float32", "--device", "cpu"]
     for written in ("answers.json.partial.jsonl", "losses.jsonl"):
-        process = subprocess.Popen(
-            command, cwd=ROOT, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
+        process = forked.start(measure_as_a_script, tmp_path / "log", *map(str, flags))
         path = tmp_path / "b" / written
         wait_for(
-            lambda path=path, process=process: process.poll() is not None or (path.exists() and path.stat().st_size)
+            lambda path=path, process=process: process.exitcode is not None or (path.exists() and path.stat().st_size)
         )
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
     losses = tmp_path / "b" / "losses.jsonl"
     if losses.exists():
         losses.write_bytes(losses.read_bytes()[:-7])  # a power cut in the middle of a line
@@ -144,13 +144,13 @@ def test_a_killed_measurement_goes_on_to_the_same_bytes(taught, held_out, measur
     (tmp_path / "c" / "report.json").write_text("{}")
     with fails(ExitCode.USAGE, "holds report.json and no measurement"):
         measure(taught, held_out, tmp_path / "c")
-    with fails(ExitCode.USAGE, "lie in each other"):
+    with fails(ExitCode.USAGE, "lies in --model_name_or_path"):
         measure(taught, held_out, taught / "measured")
     with fails(ExitCode.USAGE, "--device tpu: choose one of"):
         measure(taught, held_out, tmp_path / "d", device="tpu")
 
 
-def test_compare_measured(llama, taught, held_out, measured, capsys):  # noqa: F811
+def test_compare_measured(llama, taught, held_out, measured, capsys):
     directory, report = measured
     other = measure(llama, held_out, directory / "base", max_new_tokens=8)
     capsys.readouterr()
@@ -200,7 +200,7 @@ def test_compare_judged(tmp_path, capsys):
             script.compare(str(tmp_path / "good"), str(tmp_path / "judge-2"))
 
 
-def test_ifeval_strict_and_loose(taught, held_out, tmp_path):  # noqa: F811
+def test_ifeval_strict_and_loose(taught, held_out, tmp_path):
     pytest.importorskip("if_verifiable")
     samples = [
         {"key": 1, "prompt": "Name a colour.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},

@@ -89,6 +89,33 @@ def test_intervals_of_means_are_near_those_of_the_textbook():
     assert win_rate_interval([1.0]) == [100, 100] and win_rate_interval([0.0] * 9) == [0, 0]
 
 
+# What AlpacaEval's leaderboard of 2023 (judge: GPT-4) publishes of these models' annotations on its 805 instructions, a
+# few of which are missing: win rate and its standard error in percent, and how many were won, lost and drawn.
+PUBLISHED = {
+    "gpt4": (95.27950311, 0.71628144, 761, 32, 12),
+    "chatgpt": (89.36567164, 1.078948702, 716, 83, 5),
+    "claude": (88.38509317, 1.11448754, 707, 89, 9),
+    "gpt35_turbo_instruct": (81.71036205, 1.330613333, 642, 134, 25),
+    "vicuna-7b": (64.40993789, 1.685110726, 517, 285, 3),
+    "oasst-sft-llama-33b": (54.9689441, 1.740266793, 436, 356, 13),
+    "text_davinci_003": (50.0, 0.0, 0, 0, 805),
+    "guanaco-7b": (46.58385093, 1.757046491, 374, 429, 2),
+    "alpaca-7b": (26.45962733, 1.53571147, 205, 584, 16),
+    "text_davinci_001": (15.17412935, 1.235107892, 112, 672, 20),
+}
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_published_annotations_give_the_published_win_rate_and_error(model):
+    rate, error, wins, losses, draws = PUBLISHED[model]
+    preferences = np.repeat([1.0, 0.0, 0.5], [wins, losses, draws])
+    assert win_rate(preferences) == pytest.approx(rate, abs=1e-6)
+    assert preferences.std(ddof=1) * 100 / math.sqrt(len(preferences)) == pytest.approx(error, abs=1e-6)
+    low, high = win_rate_interval(preferences)
+    assert high - low == pytest.approx(2 * 1.96 * error, abs=0.25)
+    assert low <= rate <= high
+
+
 def test_a_ratio_is_drawn_by_row():
     """Of rows with 1 and 100 tokens the mean per token is not the mean of the rows' means."""
     losses, tokens = np.array([3.0, 100.0] * 50), np.array([1.0, 100.0] * 50)

@@ -297,6 +297,8 @@ REASONING = [
     "<think>{}</think>",
     "{}\n</think>\n\n",
     "<thinking>\n{}\n</thinking>\n",
+    "<antThinking>{}</antThinking>\n",
+    "<scratchpad>\n{}\n</scratchpad>\n",
     "<reasoning>\n{}\n</reasoning>\n",
     "<seed:think>{}</seed:think>",
     "[THINK]{}[/THINK]",
@@ -377,7 +379,11 @@ def test_a_fence_around_each_task_is_not_the_output(between):
 
 
 @pytest.mark.parametrize(
-    "token", ["</s>", "<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<end_of_turn>", "<｜end▁of▁sentence｜>"]
+    "token",
+    [
+        *("</s>", "<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<end_of_turn>", "<｜end▁of▁sentence｜>"),
+        *("[|endofturn|]", "<turn|>", "</assistant>"),
+    ],
 )
 def test_tokens_of_the_chat_template_are_not_the_fields(token):
     dirty = [{**task, "output": task["output"] + token} for task in TASKS]
@@ -399,6 +405,9 @@ NO_INPUTS = ["No input", "no input.", "N/A", "n/a", "NA", "None", "None.", "(no 
 NO_INPUTS += [
     "<No Input>",
     "< noinput >",
+    "<noinput/>",
+    "\\<noinput\\>",
+    "&lt;noinput&gt;",
     "**N/A**",
     "<none>",
     "Not applicable",

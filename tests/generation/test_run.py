@@ -247,7 +247,7 @@ def thought_away(server, body, attempt):
     )
 
 
-@pytest.mark.parametrize("thought", ["", None])
+@pytest.mark.parametrize("thought", ["", None, "<think>First I need 17 tasks. The", "<think>20 tasks.</think>\n"])
 def test_a_teacher_that_spends_its_tokens_on_thinking_is_stopped_soon(tmp_path, thought):
     with TeacherServer(fault=thought_away) as server:
         server.thought = thought
@@ -423,15 +423,15 @@ def large_expected(path, target):
 
 
 def test_kill_9_at_random_moments_loses_nothing(tmp_path):
-    lost = kill_and_resume(tmp_path / "killed", 10, large_expected(tmp_path / "whole", 400), 400)
-    assert lost <= 10 * 4  # at most what was on the wire at each kill
+    lost = kill_and_resume(tmp_path / "killed", 6, large_expected(tmp_path / "whole", 300), 300)
+    assert lost <= 6 * 4  # at most what was on the wire at each kill
 
 
 @pytest.mark.soak
-def test_kill_9_a_hundred_times(tmp_path):
-    lost = kill_and_resume(tmp_path / "killed", 100, large_expected(tmp_path / "whole", 2500), 2500)
+def test_kill_9_thirty_times(tmp_path):
+    lost = kill_and_resume(tmp_path / "killed", 30, large_expected(tmp_path / "whole", 900), 900)
     print(f"answers on the wire when the process was killed: {lost}")
-    assert lost <= 100 * 4
+    assert lost <= 30 * 4
 
 
 def one_task(prompt):
@@ -519,8 +519,8 @@ def faulty_run(tmp_path, requests):
     assert len(kept) + faults.total() == requests
 
 
-def test_a_thousand_requests_with_thirty_percent_faults(tmp_path):
-    faulty_run(tmp_path, 1000)
+def test_hundreds_of_requests_with_thirty_percent_faults(tmp_path):
+    faulty_run(tmp_path, 400)
 
 
 @pytest.mark.soak
@@ -528,8 +528,8 @@ def test_ten_thousand_requests_with_thirty_percent_faults(tmp_path):
     faulty_run(tmp_path, 10_000)
 
 
-def test_a_thousand_requests_with_thirty_percent_dirt(tmp_path):
-    dirty_run(tmp_path, 1000)
+def test_hundreds_of_requests_with_thirty_percent_dirt(tmp_path):
+    dirty_run(tmp_path, 400)
 
 
 @pytest.mark.soak

@@ -1,6 +1,7 @@
 """The gate: what a server grants is what it gets, by a simulated clock; and rate limits in whole runs, over sockets."""
 
 import asyncio
+import random
 import time
 
 import pytest
@@ -31,6 +32,8 @@ class SimulatedLoop(asyncio.SelectorEventLoop):
 class Server:
     """Grants `burst` at once and `rate` a second; a refusal takes 20 ms, an answer `seconds`."""
 
+    exactly = False  # or else it says whole seconds, as the header has them
+
     def __init__(self, rate, burst, seconds, says_how_long):
         self.rate, self.burst, self.seconds, self.says_how_long = rate, burst, seconds, says_how_long
         self.tokens, self.at, self.inside, self.most_inside = burst, 0.0, 0, 0
@@ -51,7 +54,7 @@ class Server:
                     self.inside -= 1
                     place.succeeded()
                     return
-                wait = max(1.0, (1 - self.tokens) / self.rate)  # whole seconds, as the header has them
+                wait = max(0.0 if self.exactly else 1.0, (1 - self.tokens) / self.rate)
                 await asyncio.sleep(0.02)
                 self.refused.append(now())
                 again = True
@@ -82,6 +85,51 @@ def test_four_a_second_are_granted_and_asked_for(burst, seconds, says_how_long):
     server = Server(4, burst, seconds, says_how_long)
     assert 3.5 <= simulate(server, 600) <= 4 + burst / 100
     assert len(server.refused) < 150  # of the 600; most of them are of the first moment, when 64 left together
+
+
+def test_a_server_that_saves_nothing_up_is_asked_evenly():
+    """Each refusal of it costs four requests, since waits are whole seconds."""
+    server = Server(4, 1, 0.5, says_how_long=True)
+    assert 3.5 <= simulate(server, 400) <= 4
+    assert len(server.refused) < 63 + 15
+
+
+def test_a_server_that_says_exactly_how_long_loses_nothing_by_a_refusal():
+    server = Server(4, 1, 0.5, says_how_long=True)
+    server.exactly = True
+    assert 3.7 <= simulate(server, 400) <= 4
+    assert len(server.refused) < 63 + 15
+
+
+def test_refusals_that_cost_nothing_keep_nobody_slow():
+    """A server that is slow at first, and turns down one request of sixteen for 5 ms all the time."""
+    draw, answered = random.Random(3), []
+
+    async def one(gate):
+        now, again = asyncio.get_running_loop().time, False
+        while True:
+            async with gate.place(again) as place:
+                await asyncio.sleep(0.002)
+                if draw.random() >= 1 / 16:
+                    await asyncio.sleep(6 if len(answered) < 100 else 0.02)
+                    answered.append(now())
+                    place.succeeded()
+                    return
+                again = True
+                place.limited(0.005)
+
+    async def run():
+        gate, places = Gate(0.01), asyncio.Semaphore(32)
+
+        async def placed():
+            async with places:
+                await one(gate)
+
+        await asyncio.gather(*(placed() for _ in range(2000)))
+
+    with asyncio.Runner(loop_factory=SimulatedLoop) as runner:
+        runner.run(run())
+    assert 500 / (answered[-1] - answered[-501]) > 100  # a second
 
 
 def test_without_a_limit_there_is_no_pace():

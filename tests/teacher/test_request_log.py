@@ -1,10 +1,13 @@
 """The log of what was paid for, and the limits on it, in whole runs."""
 
+import contextlib
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from alpaca.common import ExitCode
+from alpaca.teacher.request_log import Log
 from generate_instruction import replay
 from tests.generation.runs import answers, fails, generate, random_faults, rate_limits
 from tests.teacher.teacher_server import TeacherServer
@@ -76,3 +79,14 @@ def test_damage_in_the_middle_is_told_with_its_position(tmp_path):
         with fails(ExitCode.INTEGRITY, rf"line {number + 1} \(at byte {begin}\) is damaged"):
             replay(str(tmp_path))
     assert (tmp_path / "regen.json").read_bytes() == regen
+
+
+def test_threads_append_whole_records_and_know_their_places(tmp_path):
+    with contextlib.closing(Log(str(tmp_path / "log"), left_on_disk=("text",))) as log:
+        records = [{"number": number, "text": "x" * (number * 37 % 5000)} for number in range(200)]
+        with ThreadPoolExecutor(16) as threads:
+            places = list(threads.map(log.append, records))
+        assert [log.read(byte) for byte, _ in places] == records
+        assert sorted(log.places) == sorted(places) and all(record["text"] is None for record in log.records)
+    with contextlib.closing(Log(str(tmp_path / "log"), left_on_disk=("text",))) as again:
+        assert again.places == log.places and again.records == log.records
