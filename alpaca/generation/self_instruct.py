@@ -19,7 +19,7 @@ from alpaca.data.similarity import TokenEncoder, rouge_l
 from alpaca.generation.parsing import Limits, parse_response, reason_to_drop
 
 SHOWN_OF_AN_ANSWER = 300  # characters of one that can't be read
-TASKS_PER_PROMPT = 20  # prompt.txt asks for a set of this many, the seed tasks included
+TASKS_PER_PROMPT = 20  # the {last} of prompt.txt: a set of this many is asked for, the seed tasks included
 
 
 # ------------------------------------------------------------------------------------------------------------- prompts
@@ -27,7 +27,7 @@ TASKS_PER_PROMPT = 20  # prompt.txt asks for a set of this many, the seed tasks 
 
 @functools.cache
 def prompt_text(language: str = "English") -> str:
-    """prompt.txt, with another language wherever it says "in English"."""
+    """prompt.txt, with another language wherever it says "in English", and the number of tasks for its {last}."""
     path = ROOT / "prompt.txt"
     try:
         with open(path, encoding="utf-8") as file:
@@ -42,15 +42,17 @@ def prompt_text(language: str = "English") -> str:
             "language into the file instead",
             ExitCode.USAGE,
         )
-    return text.replace("in English", f"in {language}")
+    return text.replace("in English", f"in {language}").replace("{last}", str(TASKS_PER_PROMPT))
 
 
 def encode_prompt(prompt_instructions: Iterable[dict[str, str]], language: str = "English") -> str:
     """Tasks {"instruction", "input", "output"} → prompt.txt, the tasks numbered from 1, and the next task's beginning.
 
+    The number of that next task takes the place of prompt.txt's {first}.
+
     …\\n###\\n1. Instruction: Name a colour.\\n1. Input:\\n<noinput>\\n1. Output:\\nBlue\\n###\\n2. Instruction:
     """
-    parts = [prompt_text(language)]
+    parts = []
     number = 0
     for number, task in enumerate(prompt_instructions, 1):
         instruction = re.sub(r"\s+", " ", task["instruction"]).strip().rstrip(":")
@@ -59,7 +61,7 @@ def encode_prompt(prompt_instructions: Iterable[dict[str, str]], language: str =
             f"{number}. Output:\n{task['output']}"
         )
     parts.append(f"###\n{number + 1}. Instruction:")
-    return "\n".join(parts)
+    return "\n".join([prompt_text(language).replace("{first}", str(number + 1)), *parts])
 
 
 def sample_seed_tasks(seed_tasks: list[dict[str, str]], number: int, seed: int, count: int) -> list[dict[str, str]]:

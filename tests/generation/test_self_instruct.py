@@ -35,7 +35,8 @@ TASKS = [
 
 def test_prompt_layout():
     prompt = encode_prompt([{**TASKS[1], "instruction": " Sort these\n words: "}, TASKS[0]])
-    assert prompt.startswith((ROOT / "prompt.txt").read_text())
+    asked = (ROOT / "prompt.txt").read_text().replace("{first}", "3").replace("{last}", "20")
+    assert asked.startswith("Write tasks 3 to 20 ") and prompt.startswith(asked)
     assert prompt.endswith(
         "\n###\n1. Instruction: Sort these words\n1. Input:\npear fig banana\n1. Output:\nfig, pear, banana\n"
         "###\n2. Instruction: Name three rivers in Europe.\n2. Input:\n<noinput>\n2. Output:\nRhine, Danube, Elbe\n"
