@@ -1,8 +1,9 @@
 """What the checks of `alpaca_checks.jsonl` and `eval_tasks.jsonl` may call, and how one is decided.
 
-A check is a Python expression over `output`, `instruction` and `input` that is true of a right answer. It is evaluated as
-it stands, and the `run_…` functions start programs: so only for the two files of this project, never for a file from
-somewhere else. Of a model's answers, which may hold anything, only checks that start none are decided (`starts_programs`).
+A check is a Python expression over `output`, `instruction` and `input` that is true of a right answer. It is evaluated
+as it stands, and the `run_…` functions start programs: so only for the two files of this project, never for a file from
+somewhere else. Of a model's answers, which may hold anything, only checks that start none may be decided
+(`starts_programs`).
 """
 
 import collections

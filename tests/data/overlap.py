@@ -82,7 +82,7 @@ def rare_word_cosines(bags: list[str]) -> np.ndarray:
 
 @cache
 def whole_example_cosines() -> tuple[list[str], np.ndarray]:
-    """(the names of all examples, their cosines): "row 12", "seed_task_3", "eval_task_4", "suite 5"; N is about 2,600."""
+    """(names of all N examples, their cosines (N, N)): "row 12", "seed_task_3", "eval_task_4", "suite 5"."""
     names = [f"row {number}" for number in range(len(EXAMPLES))]
     names += [task["id"] for task in [*SEEDS, *EVAL_TASKS]]
     names += [f"suite {number}" for number in range(len(REFERENCE["evaluation_suite_bags"]))]

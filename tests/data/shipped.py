@@ -1,8 +1,8 @@
-"""The data that ships, as the tests read it: seeds, prompt, demonstrations with their checks and tags, evaluation tasks.
+"""The data that ships, as the tests read it: seeds, prompt, demonstrations, their checks and tags, evaluation tasks.
 
 `tags.jsonl` has one line a demonstration: the domain it was written for, and what the quotas count (`informal`,
-`reasoning`, `unanswerable`, `unsafe`, `languages`, `yes_no`, languages of code). It stands beside the data, whose format
-is that of 2023.
+`reasoning`, `unanswerable`, `unsafe`, `languages`, `yes_no`, languages of code). It stands beside the data, whose
+format is that of 2023.
 """
 
 import json

@@ -122,7 +122,9 @@ def test_evaluation_tasks_are_unlike_what_is_trained_on():
     assert close_pairs(among, 0.6, EVAL_INSTRUCTIONS) == []
     for texts in (INSTRUCTIONS, SEED_INSTRUCTIONS):
         assert close_pairs(similarities(EVAL_INSTRUCTIONS, texts), 0.6, EVAL_INSTRUCTIONS) == []
-    assert close_pairs(similarities_to_reference(EVAL_INSTRUCTIONS, "self_instruct_seeds"), 0.6, EVAL_INSTRUCTIONS) == []
+    assert (
+        close_pairs(similarities_to_reference(EVAL_INSTRUCTIONS, "self_instruct_seeds"), 0.6, EVAL_INSTRUCTIONS) == []
+    )
 
 
 def test_no_input_is_shared():

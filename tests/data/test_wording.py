@@ -104,4 +104,6 @@ def test_reasoning_comes_before_its_result():
     """An answer tagged so doesn't open with its result, a bare number or word."""
     openings = {row: re.split(r"(?<=[.!?])\s", EXAMPLES[row]["output"])[0].strip("*") for row in tagged("reasoning")}
     bare = r"\A(About |Yes|No\b|True|False|[$€£]?\d[\d.,/]*%?)[^=×/]{0,20}[.!,]?\Z"
-    assert {row: text for row, text in openings.items() if re.match(bare, text) and not re.match(r"\d+\.\Z", text)} == {}
+    assert {
+        row: text for row, text in openings.items() if re.match(bare, text) and not re.match(r"\d+\.\Z", text)
+    } == {}
