@@ -64,6 +64,7 @@ def test_fences_are_closed_and_name_their_language():
 
 
 SALUTATION = re.compile(r"^(?:Dear|Hi|Hello|Hey) ([^\n,:!]{1,60})[,:!]$", re.MULTILINE)
+NAME = r"\[.*?\]|\b[^\W\d][\w'-]*"  # a blank, or a word
 # What an address or a signature may say without a name.
 NO_NAMES = set(
     "a again all and at aunt best board both carers cheers class colleague colleagues committee community council "
@@ -84,11 +85,11 @@ def invented_names(row):
     if re.search(r"\b(story|novel|fiction)\b", row["instruction"]):
         return []
     given = f"{row['instruction']}\n{row['input']}".lower()
-    found = [name for address in SALUTATION.findall(row["output"]) for name in re.findall(r"\[.*?\]|[\w'-]+", address)]
+    found = [name for address in SALUTATION.findall(row["output"]) for name in re.findall(NAME, address)]
     if found:
         last = re.split(r"\n\s*\n", row["output"].strip())[-1]
         if len(last.split()) <= 8 and not re.search(r"[.?!:]$", last):  # a signature: a few words without a full stop
-            found += re.findall(r"\[.*?\]|\b[A-Z][\w'-]+", last)
+            found += [name for name in re.findall(NAME, last) if not name.islower()]
     names = [name.removesuffix("'s") for name in found if not name.startswith("[")]
     return [name for name in names if name.lower() not in NO_NAMES and name.lower() not in given]
 
