@@ -38,8 +38,8 @@ def hash_words(text: str) -> str:
 
 
 def hash_bag(text: str) -> str:
-    """The hashes of a text's words in the order of the hashes, each as often as the word: a bag, not a text."""
-    return " ".join(sorted(map(hash_word, words_of(text))))
+    """The hashes of a text's words, of any script, in the order of the hashes, each as often as the word: no text."""
+    return " ".join(sorted(map(hash_word, re.findall(r"[^\W_]+", text.lower()))))
 
 
 def hash_text(text: str) -> str:
