@@ -1,5 +1,6 @@
 """Every check of the demonstrations and of the evaluation tasks is true of its answer, and would not be of any."""
 
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
@@ -69,6 +70,13 @@ def test_checks_see_nothing_but_their_row():
     assert starts_programs("run_js(output) == '1'") and not starts_programs("len(output) == 1")
     with pytest.raises(RuntimeError, match="exit 3"):
         holds("run_shell('exit 3') == ''", row)
+
+
+def test_checks_that_start_no_program_open_and_execute_nothing():
+    """They may be decided of answers that a model has written."""
+    forbidden = r"\b(eval|exec|open|compile|getattr|globals)\(|__[a-z]+__|\bimport\b"
+    texts = [check for _, _, check in CHECKED if not starts_programs(check)]
+    assert [check for check in texts if re.search(forbidden, check)] == []
 
 
 def test_at_least_forty_percent_of_the_demonstrations_are_checked():

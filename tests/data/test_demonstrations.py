@@ -1,6 +1,7 @@
 """The demonstrations: their form and mix, and the shares that `tags.jsonl` and measuring give."""
 
 import json
+import re
 from collections import Counter
 from itertools import groupby
 
@@ -58,9 +59,23 @@ def test_quotas(tag):
     assert share(tagged(tag)) >= QUOTAS[tag]
 
 
+def test_informal_instructions_are_typed_carelessly():
+    """No capital, no stop, or several questions at once."""
+    instructions = [INSTRUCTIONS[row] for row in tagged("informal")]
+    neat = [text for text in instructions if not text[0].islower() and text[-1] in ".?!" and text.count("?") < 2]
+    assert len(neat) <= 0.1 * len(instructions), neat
+
+
 @pytest.mark.parametrize("language", CODE)
 def test_code_in_many_languages(language):
     assert len(tagged(language)) >= 5
+
+
+def test_code_is_tagged_by_its_fences():
+    fences = {**{name: name for name in CODE}, "bash": "shell", "excel": "spreadsheet"}
+    for row, output in enumerate(OUTPUTS):
+        languages = re.findall(r"^[ \t]*```([a-z+]+)$", output, flags=re.MULTILINE)
+        assert {fences[name] for name in languages if name in fences} <= set(TAGS[row]["tags"]), row
 
 
 def test_the_twenty_most_frequent_first_words_begin_half_of_the_instructions():
