@@ -26,13 +26,13 @@ import bench_recipe
 import numpy as np
 import torch
 import transformers
-from tests.data.checks import holds, starts_programs
 
 from alpaca.data.examples import IGNORE_INDEX, SupervisedDataset, load_examples
 from alpaca.data.files import read_records
 from alpaca.demo.compare import answer_all, load
 from alpaca.evaluation.statistics import bootstrap_interval
 from alpaca.weights.files import sha256_of_file
+from tests.data.checks import holds, starts_programs
 
 EVAL_TASKS = ROOT / "eval_tasks.jsonl"
 SEEDS = (0, 1, 2)
