@@ -52,6 +52,7 @@ class TrainingArguments(TrainingFlags, transformers.TrainingArguments):
         if self.save_strategy == "best" and self.metric_for_best_model is None:
             self.metric_for_best_model = "loss"  # as for --load_best_model_at_end
         self.half_precision = self.bf16 or self.fp16  # as asked for, with or without a GPU
+        self.in_tf32 = self.tf32
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         if self.use_cpu or accelerator is None:
             self._train_on_cpu()
@@ -63,7 +64,7 @@ class TrainingArguments(TrainingFlags, transformers.TrainingArguments):
             self.ddp_find_unused_parameters = False  # every parameter of a causal language model is used
         self._read_fsdp()
         self.zero_config = read_json_flag("deepspeed", self.deepspeed) if self.deepspeed else None
-        if self.estimate_memory:  # nothing is started, so the flags need neither a launcher nor the packages
+        if self.estimates:  # nothing is started, so the flags need neither a launcher nor the packages
             self.fsdp = self.deepspeed = None
         self._read_deepspeed()
         super().__post_init__()
@@ -73,11 +74,16 @@ class TrainingArguments(TrainingFlags, transformers.TrainingArguments):
                 f'{self.deepspeed} contradicts the flags: {reasons}. Write "auto" there, or give the same'
             )
         self._check_packages()
-        if not self.estimate_memory:
+        if not self.estimates:
             rehearse_optimizer(self)
         if self.n_gpu > 1:
             notice(f"one process uses one GPU; start torchrun --nproc_per_node={self.n_gpu} train.py … to use them all")
             self._n_gpu = 1  # DataParallel would multiply the batch
+
+    @property
+    def estimates(self) -> bool:
+        """Whether the run is only estimated."""
+        return self.estimate_memory or self.estimate_time
 
     @property
     def sharding(self) -> str:
@@ -118,7 +124,7 @@ class TrainingArguments(TrainingFlags, transformers.TrainingArguments):
             raise wrong_usage(f"--{flag} needs the package: pip install {package}")
 
     def _train_on_cpu(self) -> None:
-        if not self.use_cpu and not self.estimate_memory:
+        if not self.use_cpu and not self.estimates:
             changes = [f"--{name} does not apply" for name in ("tf32", "fp16") if getattr(self, name)]
             notice("; ".join(["no accelerator found, training on the CPU", *changes]))
         self.use_cpu = True
@@ -159,7 +165,7 @@ class TrainingArguments(TrainingFlags, transformers.TrainingArguments):
         # The first process of a machine reads the model and sends each its part: not 8 × 27 GB of host memory for 7B.
         config.setdefault("cpu_ram_efficient_loading", not self.use_cpu)
         self.fsdp, self.fsdp_config = True, config
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not self.estimate_memory:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not self.estimates:
             notice(
                 "--fsdp shards a model over processes and there is one, so nothing is sharded; "
                 "torchrun --nproc_per_node=N train.py … starts N"
@@ -301,9 +307,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[ModelArguments, 
         old_value, new_value = getattr(values, old), getattr(values, new)
         if {old, new} <= given and translate(old_value) != new_value:
             raise contradiction(old, old_value, new, new_value)
-    if values.data_path is None and not values.estimate_memory:
+    estimates = values.estimate_memory or values.estimate_time
+    if values.data_path is None and not estimates:
         fail("--data_path is needed: a .json or .jsonl file, or a Hub data set")
-    if values.output_dir is None and not values.show_batch and not values.estimate_memory:
+    if values.output_dir is None and not values.show_batch and not estimates:
         fail("--output_dir is needed: where checkpoints and the tuned model go")
     if values.lora_r < 0 or (values.lora_merge and not values.lora_r):
         fail(f"--lora_r {values.lora_r}: LoRA needs a rank of at least 1, --lora_merge needs LoRA")

@@ -164,6 +164,11 @@ def read_plan(model_args: Any, args: Any, packed: bool) -> Plan:
     return Plan(layout, zero.get("stage", 0), frozenset(offload))
 
 
+def cut(plan: Plan, lengths: Any) -> Plan:
+    """The plan for the longest of the examples, where they are known."""
+    return plan if lengths is None else replace(plan, layout=replace(plan.layout, length=int(max(lengths))))
+
+
 def describe(config: transformers.PretrainedConfig, plan: Plan, device_gib: float | None) -> str:
     """The report that --estimate_memory prints. `device_gib`: of one GPU, None where it is not known."""
     layout, parts = plan.layout, estimate(config, plan)

@@ -11,6 +11,7 @@ computes, and gradients are scattered while the layer before it computes. What n
 pass and its last scatter.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,9 +33,10 @@ GPUS = {
     "H200": {"memory": 4.8e12, "nvlink": 450e9, "tf32": 494e12, "float32": 67e12, "gib": 139.8},
 }
 GPUS_PER_NODE = 8
-# The most of its bf16 peak that any matrix product reached: 267.9 of 312 TFLOP/s on A100, 794.5 of 989 on H100 and H200
-# (Bekman, ml-engineering, "Maximum Achievable Matmul FLOPS").
-MATMUL = {"A100": 0.859, "H100": 0.803, "H200": 0.803}
+# Share of the bf16 peak that matrix products reach, fitted to published runs: with it `predict` gives the tokens/s of
+# llm-foundry (7B, 6 x 2,048 tokens a micro-batch, 8 GPUs: 4,641 a GPU on A100, 10,643 on H100; scripts/train/
+# benchmarking). Alone they reach at most 0.859 and 0.803 (Bekman, ml-engineering: 267.9 and 794.5 TFLOP/s).
+MATMUL = {"A100": 0.82, "H100": 0.67, "H200": 0.67}
 MEMORY = 0.85  # of the sheet's bandwidth; assumed
 # NCCL's protocol takes about 20 % of a link (its maintainer in NVIDIA/nccl-tests issue 212: 370 of 450 GB/s); 232.5 of
 # 300 GB/s were measured on 8 A100 (issue 175), and 86 of 100 GB/s between two nodes.
@@ -57,19 +59,18 @@ class Machine:
     network: float  # bytes/s that a node receives
     gib: float
 
-    def transfer(self, kind: str, size: float, layout: Layout) -> float:
-        """Seconds of a collective in a ring over its GPUs; `size` is that of the whole tensor.
+    def transfer(self, kind: str, size: float, layout: Layout) -> tuple[float, float]:
+        """Seconds of a collective in a ring, and the bytes that a GPU receives; `size` is that of the whole tensor.
 
         In a ring over several nodes, what enters a node enters it once and goes on over NVLink.
         """
-        shards = layout.gpus // layout.replicas
         across = kind == "reduce" and layout.replicas > 1  # a ring for each place in a node, which share its network
-        members = layout.replicas if across else shards if kind != "reduce" else layout.gpus
+        members = layout.replicas if across else layout.gpus // layout.replicas
         nodes = members if across else -(-members // GPUS_PER_NODE)
         speed = self.nvlink if nodes == 1 else min(self.nvlink, self.network / (GPUS_PER_NODE if across else 1))
         rounds = 2 if kind == "reduce" else 1
-        hops = (nodes - 1) * NODE_HOP + (members - nodes) * HOP
-        return rounds * (size * (members - 1) / members / speed + hops)
+        received = rounds * size * (members - 1) / members
+        return received / speed + rounds * ((nodes - 1) * NODE_HOP + (members - nodes) * HOP), received
 
 
 def machine(gpu: str, precision: str, network: float, efficiency: float | None = None) -> Machine:
@@ -80,10 +81,14 @@ def machine(gpu: str, precision: str, network: float, efficiency: float | None =
     sheet = GPUS[gpu]
     peak = peak_flops(gpu) if precision == "bfloat16" else sheet[precision]
     reached = (efficiency or MATMUL[gpu]) * peak
-    return Machine(gpu, reached, MEMORY * sheet["memory"], LINK * sheet["nvlink"], LINK * network / 8 * 1e9, sheet["gib"])
+    return Machine(
+        gpu, reached, MEMORY * sheet["memory"], LINK * sheet["nvlink"], LINK * network / 8 * 1e9, sheet["gib"]
+    )
 
 
-def step_seconds(work: dict[Operation, float], layout: Layout, on: Machine, gradient_bytes: float = 0) -> dict[str, float]:
+def step_seconds(
+    work: dict[Operation, float], layout: Layout, on: Machine, gradient_bytes: float = 0
+) -> dict[str, float]:
     """Seconds of an optimizer step and of its parts, and the bytes that one GPU receives in it.
 
     `gradient_bytes` is what DistributedDataParallel sums over the GPUs, where nothing is sharded. "kernels" is what
@@ -93,36 +98,33 @@ def step_seconds(work: dict[Operation, float], layout: Layout, on: Machine, grad
     total = dict.fromkeys(("step", "kernels", "transfers", "waiting", "optimizer", "launching", "bytes", "flops"), 0.0)
     for phase in sorted({operation.phase for operation in work}):
         times = 1 if phase.startswith("last") or phase == "optimizer" else layout.accumulation - 1
-        kernels = transfers = launching = received = flops = 0.0
-        exposed: dict[str, list[float]] = {"gather": [], "scatter": []}
-        for (where, kind, count_flops, size), number in work.items():
+        sums = dict.fromkeys(total, 0.0)
+        ends = "gather" if phase.endswith("forward") else "scatter"  # one of these is not hidden
+        seconds_at_ends = number_at_ends = 0.0
+        for (where, kind, flops, size), number in work.items():
             if where != phase:
                 continue
             if kind in ("kernel", "copy"):
-                one = max(count_flops / on.flops, size / on.memory)
-                launching += number * LAUNCH
-                flops += number * count_flops
+                seconds = max(flops / on.flops, size / on.memory)
+                sums["launching"] += number * LAUNCH
+                sums["flops"] += number * flops
             else:
-                one = on.transfer(kind, size, layout)
-                received += number * size * (2 if kind == "reduce" else 1)
-                exposed.setdefault(kind, []).extend([number * one, number])
-            if kind == "kernel":
-                kernels += number * one
-            else:
-                transfers += number * one
+                seconds, received = on.transfer(kind, size, layout)
+                sums["bytes"] += number * received
+            if kind == ends:
+                seconds_at_ends, number_at_ends = seconds_at_ends + number * seconds, number_at_ends + number
+            sums["kernels" if kind == "kernel" else "transfers"] += number * seconds
         if phase == "last backward" and gradient_bytes:
-            transfers += on.transfer("reduce", gradient_bytes, layout)
-            received += 2 * gradient_bytes
+            seconds, received = on.transfer("reduce", gradient_bytes, layout)
+            sums["transfers"] += seconds
+            sums["bytes"] += received
+        longest = max(sums["kernels"], sums["transfers"], sums["launching"])
         if phase == "optimizer":
-            total["optimizer"] += kernels
-            total["step"] += max(kernels, launching)
-            continue
-        first_or_last = exposed["gather" if phase.endswith("forward") else "scatter"]
-        unhidden = sum(first_or_last[::2]) / sum(first_or_last[1::2]) if sum(first_or_last[1::2]) else 0.0
-        seconds = max(kernels, transfers, launching) + unhidden
-        parts = {"step": seconds, "kernels": kernels, "transfers": transfers, "waiting": seconds - kernels}
-        parts |= {"launching": launching, "bytes": received, "flops": flops}
-        for name, value in parts.items():
+            sums |= {"optimizer": longest, "step": longest, "kernels": 0.0}
+        else:
+            sums["step"] = longest + (seconds_at_ends / number_at_ends if number_at_ends else 0.0)
+            sums["waiting"] = sums["step"] - sums["kernels"]
+        for name, value in sums.items():
             total[name] += times * value
     return total
 
@@ -131,46 +133,109 @@ def predict(config: transformers.PretrainedConfig, layout: Layout, on: Machine) 
     """`step_seconds` of the simulated step."""
     gradient_bytes = 0
     if layout.gpus > 1 and not layout.fsdp:
-        gradient_bytes = (4 if layout.dtype == "float32" else 2) * count_parameters(config, layout)[1]
-    return step_seconds(count_work(config, replace(layout, gpus=layout.gpus if layout.fsdp else 1)), layout, on, gradient_bytes)
+        width = 4 if layout.dtype == "float32" or layout.lora_r else 2
+        gradient_bytes = width * count_parameters(config, layout)[1]
+    work = count_work(config, layout if layout.fsdp else replace(layout, gpus=1))
+    return step_seconds(work, layout, on, gradient_bytes)
 
 
 def fullest_micro_batches(
     lengths: np.ndarray, batch_size: int, gpus: int, accumulation: int, padded: bool, balanced: bool, seed: int
-) -> tuple[float, float]:
-    """Tokens, padding included, that the fullest GPU computes in a micro-batch, in the mean and at most.
+) -> float:
+    """Tokens, padding included, that the fullest GPU computes in a micro-batch, in the mean over an epoch.
 
-    GPUs wait for the fullest one of each round. One epoch in the order of `seed`, in micro-batches as a run makes them.
+    GPUs wait for the fullest one of each round. Examples are in an order of `seed`, in micro-batches as a run makes
+    them.
     """
     order = np.random.default_rng(seed).permutation(len(lengths)).tolist()
     if balanced:
         batches = list(BalancedBatchSampler(order, lengths, batch_size, gpus, accumulation, padded=padded))
     else:
         batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    tokens = [
-        len(batch) * max(lengths[batch]) if padded else sum(lengths[batch]) if batch else 0 for batch in batches
-    ]
+    tokens = [len(batch) * max(lengths[batch]) if padded else sum(lengths[batch]) if batch else 0 for batch in batches]
     rounds = [max(tokens[i : i + gpus]) for i in range(0, len(tokens), gpus)]
-    whole = rounds[:-1] or rounds  # the epoch's last one may be smaller
-    return float(np.mean(whole)), float(max(whole))
+    return float(np.mean(rounds[:-1] or rounds))  # the epoch's last one may be smaller
 
 
-def read_machine(args: Any, present: str | None) -> Machine:
-    """The machine that the flags name; `present` is the name of the GPU that is here."""
+@dataclass(frozen=True)
+class Run:
+    """What is known of a run beside its step: how often it is done, and the data's tokens."""
+
+    steps: int | None  # None where neither data nor --max_steps say it
+    tokens: float | None  # of an example, padding left out, in the mean; None without data
+    price: float | None  # of a GPU for an hour
+
+
+def read(
+    plan: Plan, args: Any, data_args: Any, lengths: np.ndarray | None, present: str | None
+) -> tuple[Layout, Machine, Run]:
+    """The mean step, machine and run of train.py's flags; `present` is the name of the GPU that is here.
+
+    Raises ExpectedError (exit 2) for what can't be predicted.
+    """
+    layout = plan.layout
+    if plan.zero_stage is not None or layout.offload:
+        what = "DeepSpeed" if plan.zero_stage is not None else "offload"
+        raise ExpectedError(
+            f"--estimate_time does not know what {what} takes: it predicts runs whose model is on the GPUs, with "
+            "--fsdp or without it; leave the flag out, or ask for --estimate_memory True alone",
+            ExitCode.USAGE,
+        )
     gpu = args.estimate_gpu or next((name for name in GPUS if name in (present or "")), None)
     if gpu not in GPUS:
         said = f"--estimate_gpu {gpu}: not in the table" if gpu else "--estimate_time needs a GPU to predict for"
-        raise ExpectedError(f"{said}; give --estimate_gpu {', '.join(GPUS)}", ExitCode.USAGE)
-    precision = "bfloat16" if args.half_precision else "tf32" if args.tf32 else "float32"
-    return machine(gpu, precision, args.estimate_network, args.estimate_efficiency)
+        raise ExpectedError(f"{said}; give --estimate_gpu with {', '.join(GPUS)}", ExitCode.USAGE)
+    precision = "bfloat16" if layout.compute_dtype == "bfloat16" else "tf32" if args.in_tf32 else "float32"
+    on = machine(gpu, precision, args.estimate_network, args.estimate_efficiency)
+    steps = args.max_steps if args.max_steps > 0 else None
+    if lengths is None:
+        return layout, on, Run(steps, None, args.price_per_gpu_hour)
+    sizes = layout.batch_size, layout.gpus, layout.accumulation
+    fullest = fullest_micro_batches(lengths, *sizes, not layout.packed, data_args.balance_tokens, args.seed)
+    if steps is None:
+        steps = math.ceil(args.num_train_epochs * math.ceil(len(lengths) / math.prod(sizes)))
+    layout = replace(layout, length=math.ceil(fullest / layout.batch_size))
+    return layout, on, Run(steps, float(np.mean(lengths)), args.price_per_gpu_hour)
 
 
-def check_plan(plan: Plan) -> None:
-    """Raises ExpectedError (exit 2) for what can't be predicted."""
-    if plan.zero_stage is not None or plan.layout.offload:
-        what = "DeepSpeed" if plan.zero_stage is not None else "offload"
-        raise ExpectedError(
-            f"--estimate_time does not know what {what} takes: it predicts runs with --fsdp and without it, all on the "
-            "GPUs; --estimate_memory True knows more",
-            ExitCode.USAGE,
-        )
+def describe(config: transformers.PretrainedConfig, layout: Layout, on: Machine, run: Run) -> str:
+    """The report that --estimate_time prints; the layout is that of the mean micro-batch."""
+    figures, parameters = predict(config, layout, on), count_parameters(config, replace(layout, lora_r=0))[0]
+    examples = layout.gpus * layout.batch_size * layout.accumulation
+    tokens = examples * (run.tokens or layout.length)
+    work = 6 * parameters if not layout.lora_r else 4 * parameters + 2 * count_parameters(config, layout)[1]
+    used = work * tokens / figures["step"] / layout.gpus / (peak_flops(on.gpu) or 1)
+    links = f"{on.nvlink / LINK / 1e9:.0f} GB/s NVLink"
+    if layout.gpus > GPUS_PER_NODE:
+        links += f", {8 * on.network / LINK / 1e9:.0f} Gb/s between nodes of {GPUS_PER_NODE}"
+    rows = {
+        "kernels of forward and backward": figures["kernels"],
+        "waiting for transfers or launches": figures["waiting"],
+        "the optimizer": figures["optimizer"],
+        "one step": figures["step"],
+    }
+    lines = [
+        f"A prediction from data sheets, nothing is measured: {layout.gpus} x {on.gpu}, {links}; {examples} examples a "
+        f"step, {layout.batch_size * layout.length} tokens in a micro-batch of the fullest GPU",
+        "",
+        "seconds of a step",
+        *(f"  {name:<35}{value:9.3f}" for name, value in rows.items()),
+        f"  that is {tokens / figures['step']:,.0f} tokens/s without padding, {used:.0%} of the GPUs' bf16 peak (6 N)",
+        f"  a GPU receives {figures['bytes'] / 1e9:.1f} GB a step: {figures['transfers']:.3f} s of transfers, beside "
+        "the kernels",
+    ]
+    if run.steps is None:
+        lines.append("  how many steps: give --data_path or --max_steps")
+    else:
+        hours = run.steps * figures["step"] / 3600
+        money = "" if run.price is None else f", {hours * layout.gpus * run.price:,.2f} at {run.price:g} a GPU hour"
+        lines.append(f"  {run.steps:,} steps: {hours:.2f} hours, {hours * layout.gpus:.2f} GPU hours{money}")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"It hangs on these: matrix products reach {on.flops / 1e12:.0f} TFLOP/s (--estimate_efficiency), memory "
+            f"{on.memory / 1e12:.2f} TB/s, NVLink {on.nvlink / 1e9:.0f} GB/s. Loading, saving and evaluation come on "
+            "top.",
+        ]
+    )
