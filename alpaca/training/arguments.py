@@ -135,11 +135,12 @@ class TrainingArguments(TrainingFlags, transformers.TrainingArguments):
         """--fsdp "full_shard auto_wrap offload" → fsdp=True and fsdp_config, the form that today's library keeps."""
         usual = {"true": "full_shard", "false": "", "none": ""}
         words = usual.get(str(self.fsdp).lower(), str(self.fsdp)).split()
-        unknown = set(words) - {"full_shard", "shard_grad_op", "auto_wrap", "offload"}
+        self.hybrid_shard = "hybrid_shard" in words
+        unknown = set(words) - {"full_shard", "shard_grad_op", "hybrid_shard", "auto_wrap", "offload"}
         if unknown:
             raise wrong_usage(
-                f"--fsdp {self.fsdp!r}: FSDP2 has full_shard, shard_grad_op, auto_wrap and offload, not "
-                f'{", ".join(sorted(unknown))}; the usual value is --fsdp "full_shard auto_wrap"'
+                f"--fsdp {self.fsdp!r}: FSDP2 has full_shard, shard_grad_op, hybrid_shard, auto_wrap and offload, "
+                f'not {", ".join(sorted(unknown))}; the usual value is --fsdp "full_shard auto_wrap"'
             )
         wrap = self.fsdp_transformer_layer_cls_to_wrap
         if not words:
@@ -172,6 +173,23 @@ class TrainingArguments(TrainingFlags, transformers.TrainingArguments):
             )
             if "WORLD_SIZE" not in os.environ:
                 self.fsdp = None  # without a process group FSDP can't start; fsdp_config is still checked
+        if self.hybrid_shard and not self.estimates:
+            self._replicate_over_machines()
+
+    def _replicate_over_machines(self) -> None:
+        """hybrid_shard: the model is sharded inside each machine, and gradients are summed over machines."""
+        processes, inside = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if processes == inside:
+            notice("--fsdp hybrid_shard on one machine is full_shard")
+        elif inside == 1 or processes % inside:
+            raise wrong_usage(
+                f"--fsdp hybrid_shard shards a model over the processes of each machine, equally many: {processes} in "
+                f"all, {inside} here; use full_shard"
+            )
+        else:
+            from accelerate import ParallelismConfig
+
+            self.parallelism_config = ParallelismConfig(dp_replicate_size=processes // inside, dp_shard_size=inside)
 
     def _read_deepspeed(self) -> None:
         if not self.deepspeed:
@@ -340,7 +358,7 @@ def check_evaluation(args: TrainingArguments, val_size: float) -> None:
 
 def describe_unknown(unknown: list[str], known: list[str]) -> str:
     """['--lerning_rate', '1'] → "unknown flag --lerning_rate (--learning_rate?)"."""
-    if set(unknown) & {"auto_wrap", "full_shard", "shard_grad_op", "offload"}:
+    if set(unknown) & {"auto_wrap", "full_shard", "shard_grad_op", "hybrid_shard", "offload"}:
         return f'stray {" ".join(unknown)}: the value of --fsdp needs quotes, --fsdp "full_shard auto_wrap"'
     flag = unknown[0].split("=")[0]
     if not flag.startswith("-"):

@@ -87,7 +87,7 @@ def _by_depth(config: transformers.PretrainedConfig, ends: int, figures: Callabl
     The line is exact where every layer between the `ends` outermost ones costs the same.
     """
     layers, period = config.get_text_config().num_hidden_layers, _period(config)
-    shallow = 2 * ends + 2 * period + (layers - 2 * ends) % period
+    shallow = 2 * ends + period + (layers - 2 * ends) % period
     deep = shallow + period
     if layers <= deep:
         return figures(config)

@@ -21,7 +21,7 @@ import transformers
 from alpaca.common import ExitCode, ExpectedError
 from alpaca.training.batches import BalancedBatchSampler
 from alpaca.training.callbacks import peak_flops
-from alpaca.training.memory import Plan, count_parameters
+from alpaca.training.memory import GPUS_PER_NODE, Plan, count_parameters
 from alpaca.training.simulation import Layout, Operation, count_work
 
 # From the vendor's data sheets, SXM modules. Memory in bytes/s; NVLink in bytes/s in each direction (the sheets give
@@ -32,7 +32,6 @@ GPUS = {
     "H100": {"memory": 3.35e12, "nvlink": 450e9, "tf32": 494e12, "float32": 67e12, "gib": 79.2},
     "H200": {"memory": 4.8e12, "nvlink": 450e9, "tf32": 494e12, "float32": 67e12, "gib": 139.8},
 }
-GPUS_PER_NODE = 8
 # Share of the bf16 peak that matrix products reach, fitted to published runs: with it `predict` gives the tokens/s of
 # llm-foundry (7B, 6 x 2,048 tokens a micro-batch, 8 GPUs: 4,641 a GPU on A100, 10,643 on H100; scripts/train/
 # benchmarking). Alone they reach at most 0.859 and 0.803 (Bekman, ml-engineering: 267.9 and 794.5 TFLOP/s).
@@ -86,21 +85,19 @@ def machine(gpu: str, precision: str, network: float, efficiency: float | None =
     )
 
 
-def step_seconds(
+def phase_seconds(
     work: dict[Operation, float], layout: Layout, on: Machine, gradient_bytes: float = 0
-) -> dict[str, float]:
-    """Seconds of an optimizer step and of its parts, and the bytes that one GPU receives in it.
+) -> dict[str, dict[str, float]]:
+    """For each phase of a step the seconds that its kernels, its transfers and their launching would take alone, the
+    transfer that nothing hides ("exposed"), and the bytes that one GPU receives.
 
-    `gradient_bytes` is what DistributedDataParallel sums over the GPUs, where nothing is sharded. "kernels" is what
-    forward and backward passes would take alone, "transfers" what the links would, "waiting" what they take together
-    beyond the kernels; "launching" is the host's time for them.
+    `gradient_bytes` is what DistributedDataParallel sums over the GPUs, where nothing is sharded.
     """
-    total = dict.fromkeys(("step", "kernels", "transfers", "waiting", "optimizer", "launching", "bytes", "flops"), 0.0)
-    for phase in sorted({operation.phase for operation in work}):
-        times = 1 if phase.startswith("last") or phase == "optimizer" else layout.accumulation - 1
-        sums = dict.fromkeys(total, 0.0)
+    phases = {}
+    for phase in dict.fromkeys(operation.phase for operation in work):
+        sums = dict.fromkeys(("kernels", "transfers", "launching", "exposed", "bytes", "flops"), 0.0)
         ends = "gather" if phase.endswith("forward") else "scatter"  # one of these is not hidden
-        seconds_at_ends = number_at_ends = 0.0
+        ending = 0.0
         for (where, kind, flops, size), number in work.items():
             if where != phase:
                 continue
@@ -112,20 +109,37 @@ def step_seconds(
                 seconds, received = on.transfer(kind, size, layout)
                 sums["bytes"] += number * received
             if kind == ends:
-                seconds_at_ends, number_at_ends = seconds_at_ends + number * seconds, number_at_ends + number
+                sums["exposed"] += number * seconds
+                ending += number
             sums["kernels" if kind == "kernel" else "transfers"] += number * seconds
+        sums["exposed"] /= ending or 1
         if phase == "last backward" and gradient_bytes:
             seconds, received = on.transfer("reduce", gradient_bytes, layout)
             sums["transfers"] += seconds
             sums["bytes"] += received
-        longest = max(sums["kernels"], sums["transfers"], sums["launching"])
+        phases[phase] = sums
+    return phases
+
+
+def together(sums: dict[str, float]) -> float:
+    """Seconds of a phase whose kernels, transfers and launches run beside each other."""
+    return max(sums["kernels"], sums["transfers"], sums["launching"]) + sums["exposed"]
+
+
+def step_seconds(phases: dict[str, dict[str, float]], accumulation: int) -> dict[str, float]:
+    """Seconds of an optimizer step, and of its parts: "kernels" of its passes alone, their "transfers" alone, "waiting"
+    of the passes beyond their kernels, the "optimizer"; and the "bytes" that one GPU receives."""
+    total = dict.fromkeys(("step", "kernels", "transfers", "waiting", "optimizer", "bytes"), 0.0)
+    for phase, sums in phases.items():
+        times = 1 if phase.startswith("last") or phase == "optimizer" else accumulation - 1
+        seconds = times * together(sums)
+        total["step"] += seconds
         if phase == "optimizer":
-            sums |= {"optimizer": longest, "step": longest, "kernels": 0.0}
-        else:
-            sums["step"] = longest + (seconds_at_ends / number_at_ends if number_at_ends else 0.0)
-            sums["waiting"] = sums["step"] - sums["kernels"]
-        for name, value in sums.items():
-            total[name] += times * value
+            total["optimizer"] += seconds
+            continue
+        total["waiting"] += seconds - times * sums["kernels"]
+        for name in ("kernels", "transfers", "bytes"):
+            total[name] += times * sums[name]
     return total
 
 
@@ -136,7 +150,7 @@ def predict(config: transformers.PretrainedConfig, layout: Layout, on: Machine) 
         width = 4 if layout.dtype == "float32" or layout.lora_r else 2
         gradient_bytes = width * count_parameters(config, layout)[1]
     work = count_work(config, layout if layout.fsdp else replace(layout, gpus=1))
-    return step_seconds(work, layout, on, gradient_bytes)
+    return step_seconds(phase_seconds(work, layout, on, gradient_bytes), layout.accumulation)
 
 
 def fullest_micro_batches(

@@ -22,6 +22,7 @@ from alpaca.training.time import (
     Machine,
     fullest_micro_batches,
     machine,
+    phase_seconds,
     predict,
     step_seconds,
 )
@@ -49,17 +50,19 @@ def test_a_step_is_the_one_worked_out_by_hand():
     work |= {Operation("last backward", "scatter", 0, 40): 2}  # 3 s each
     work |= {Operation("last backward", "copy", 0, 100): 1}  # beside the transfers: 1 s
     work |= {Operation("optimizer", "kernel", 0, 200): 1}
-    figures = step_seconds(work, layout, ON)
+    phases = phase_seconds(work, layout, ON)
+    figures = step_seconds(phases, layout.accumulation)
     forward, backward, last = 4 + 1.5 + hops, 6, 2 * (1.5 + hops) + 2 * (3 + hops) + 1 + (3 + hops)
     assert figures["step"] == pytest.approx(2 * forward + backward + last + 2)
     assert figures["kernels"] == 20 and figures["optimizer"] == 2
     assert figures["waiting"] == pytest.approx(figures["step"] - 22)
     assert figures["bytes"] == pytest.approx(8 * 15 + 2 * 30)
-    assert figures["launching"] == pytest.approx((2 * 5 + 2) * LAUNCH)
+    assert phases["last backward"]["launching"] == pytest.approx(2 * LAUNCH)
+    assert phases["forward"]["flops"] == 3010
 
 
 def test_many_small_kernels_take_what_the_host_takes_to_launch_them():
-    figures = step_seconds({Operation("last forward", "kernel", 0, 0): 1e6}, Layout(), ON)
+    figures = step_seconds(phase_seconds({Operation("last forward", "kernel", 0, 0): 1e6}, Layout(), ON), 1)
     assert figures["step"] == pytest.approx(1e6 * LAUNCH) and figures["kernels"] == 0
 
 
@@ -109,7 +112,7 @@ def sums(work):
 
 @pytest.mark.parametrize("changes", [{"accumulation": 2}, {"checkpointing": True}], ids=str)
 def test_the_line_through_two_depths_meets_the_full_depth(changes):
-    config = transformers.LlamaConfig(**{**SMALL.to_dict(), "num_hidden_layers": 14})
+    config = transformers.LlamaConfig(**{**SMALL.to_dict(), "num_hidden_layers": 10})
     layout = replace(SHARDED, **changes)
     line, full = sums(count_work(config, layout)), sums(_work(config, layout))
     assert line.keys() == full.keys()
