@@ -9,6 +9,7 @@ to PyTorch (`PRIVATE`); a line says so where a version has moved them.
 import collections
 import contextlib
 import copy
+import functools
 import importlib
 import re
 from collections.abc import Callable, Iterator
@@ -148,12 +149,14 @@ def _private() -> SimpleNamespace:
         )
 
 
-def _pass(fakes: SimpleNamespace, layout: Layout, last: bool, between: Callable[[], None]) -> None:
+def _pass(
+    model: Any, batch: dict[str, Any], layout: Layout, last: bool, between: Callable[[], None] = lambda: None
+) -> None:
     """Forward and backward of a micro-batch, the step's last one or another."""
     if layout.fsdp:
-        fakes.model.set_requires_gradient_sync(last or layout.sync_each_batch)
+        model.set_requires_gradient_sync(last or layout.sync_each_batch)
     with _autocast(layout):
-        loss = fakes.model(**fakes.batch).loss
+        loss = model(**batch).loss
     between()
     loss.backward()
 
@@ -206,7 +209,7 @@ def _step(config: transformers.PretrainedConfig, layout: Layout, ends: int) -> d
                 last = min(layout.accumulation, 2) - 1  # every micro-batch after the second is like it
                 for number in range(last + 1):
                     tracker.phase = "forward"
-                    _pass(fakes, layout, number == last, lambda: setattr(tracker, "phase", "loss"))
+                    _pass(model, fakes.batch, layout, number == last, lambda: setattr(tracker, "phase", "loss"))
                     tracker.reset_mod_stats()
                 optimizer.step()
                 optimizer.zero_grad()
@@ -252,7 +255,8 @@ def _work(config: transformers.PretrainedConfig, layout: Layout) -> dict[Operati
             prefix = "last " if last else ""
             with count:
                 count.phase = f"{prefix}forward"
-                _pass(fakes, layout, last, lambda prefix=prefix: setattr(count, "phase", f"{prefix}backward"))
+                between = functools.partial(setattr, count, "phase", f"{prefix}backward")
+                _pass(fakes.model, fakes.batch, layout, last, between)
         fakes.optimizer.step()  # makes its states
         count.phase = "optimizer"
         with count:
@@ -338,7 +342,7 @@ def _build(config: Any, layout: Layout) -> tuple[Any, dict[str, Any]]:
 
 
 def _shard(model: Any, layout: Layout, mesh: Any) -> None:
-    """As accelerate does: the layers, the embedding, and what comes behind the layers, each for itself."""
+    """As accelerate does: each layer, the embedding, and the last norm with the head, which stay gathered."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     inner = model.get_base_model() if layout.lora_r else model
@@ -350,9 +354,13 @@ def _shard(model: Any, layout: Layout, mesh: Any) -> None:
     for module in [module for module in inner.modules() if type(module).__name__ in wanted]:
         fully_shard(module, **options)
     head, embedding = inner.get_output_embeddings(), inner.get_input_embeddings()
-    if head is not None and head.weight is not embedding.weight:
+    norms = [module for _, module in inner.base_model.named_children() if "Norm" in type(module).__name__]
+    tied = head is not None and head.weight is embedding.weight
+    if not tied:
         fully_shard(embedding, **options)
-        fully_shard(head, **{**options, "reshard_after_forward": False})
+    tail = [*norms[-1:], *([embedding] if tied else []), *([] if head is None else [head])]
+    if tail:
+        fully_shard(tail, **{**options, "reshard_after_forward": False})
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
