@@ -26,7 +26,7 @@ def simulated_row(name):
         batch_size=1,
         packed=packed,
         attention=BY_EXAMPLE if by_example else None,
-        checkpointing=True,
+        optimizer="adamw_torch_fused",
     )
     fullest = max(simulate(config, layout).values(), key=lambda kinds: sum(kinds.values()))
     states = 16 * parameters / 8
