@@ -6,6 +6,8 @@ import re
 import pytest
 import torch
 
+import train
+from alpaca.common import ExpectedError
 from alpaca.training import checkpoints
 from tests.training import courses, forked
 
@@ -58,3 +60,14 @@ def test_on_one_machine_it_is_full_shard(run):
     assert said.count("hybrid_shard on one machine is full_shard") == 1
     held, whole = (int(number.replace(",", "")) for number in re.search(r"holds ([\d,]+) of ([\d,]+)", said).groups())
     assert held == pytest.approx(whole / 4, rel=0.02)
+
+
+@pytest.mark.parametrize(("processes", "inside"), [(4, 1), (6, 4)])
+def test_machines_that_cannot_shard_alike_are_said_in_a_line(processes, inside, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(inside))
+    with pytest.raises(
+        ExpectedError, match=f"equally many: {processes} in all, {inside} here; use full_shard"
+    ) as error:
+        train.TrainingArguments(output_dir="out", fsdp="hybrid_shard auto_wrap", use_cpu=True)
+    assert error.value.exit_code == 2
