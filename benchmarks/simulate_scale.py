@@ -11,7 +11,7 @@ Simulated is, for each model, a step on 16 GPUs in two replicas with micro-batch
 between lie on the line between their neighbours. Other numbers of GPUs differ in what a collective takes and in the
 optimizer's share, which is in proportion. Memory, for each phase of a step, is a line in 1/GPUs and in tokens.
 hybrid_shard shards inside a node and sums gradients over nodes. The last line is JSON, with all rows; the table has of
-each cluster the fastest setting that fits.
+each cluster the fastest setting that fits, and the tokens of a micro-batch from which on its traffic is hidden.
 """
 
 import argparse
@@ -25,7 +25,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import numpy as np
 import transformers
 
 from alpaca.training import memory, time
@@ -131,6 +130,27 @@ def rows(model: Simulated, gpus: int, gpu: str, network: float) -> list[dict[str
     return found
 
 
+def table(found: list[dict[str, Any]], gpus_named: list[str]) -> list[str]:
+    """Of each cluster and sharding the fastest setting that fits, the kinds of GPU beside each other."""
+    best: dict[tuple, dict[str, dict[str, Any]]] = {}
+    for row in sorted(found, key=lambda row: row["step_s"]):
+        best.setdefault((row["gpus"], row["network"], row["sharding"]), {}).setdefault(row["gpu"], row)
+    columns = ["GPUs", "between nodes", "sharding", "micro-batch", "GiB a GPU", "GB to a GPU"]
+    columns += [column for name in gpus_named for column in (f"{name}: step s", "hidden from")]
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * 3 + " ---: |" * (len(columns) - 3)]
+    for (gpus, network, sharding), by_gpu in sorted(
+        best.items(), key=lambda one: (one[0][0], -(one[0][1] or 0), one[0][2])
+    ):
+        one = next(iter(by_gpu.values()))
+        cells = [str(gpus), f"{network:g} Gb/s" if network else "–", sharding if gpus > 1 else "–"]
+        cells += [str(one["micro_batch"]), f"{one['gib']:.1f}", f"{one['gigabytes']:.1f}"]
+        for name in gpus_named:
+            row = by_gpu.get(name)
+            cells += [f"{row['step_s']:.3f}", f"{row['hiding_tokens']:,.0f}"] if row else ["does not fit", ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
@@ -140,8 +160,6 @@ def main() -> None:
     parser.add_argument("--config", help="a directory with the config of a model to take in place of those")
     args = parser.parse_args()
 
-    columns = "GPUs", "between nodes", "sharding", "micro-batch", "GiB a GPU", "GB to a GPU a step", "step s"
-    columns += "of it kernels", "examples/s", "traffic hidden from"
     result = []
     for name in args.models if args.config is None else [args.config]:
         sizes, changes = MODELS.get(name, ({}, {}))
@@ -149,26 +167,12 @@ def main() -> None:
         if args.config:
             config = transformers.AutoConfig.from_pretrained(args.config)
         models = {sharded: Simulated(config, sharded, **changes) for sharded in {gpus > 1 for gpus in args.gpus}}
-        print(f"\n### {name}\n\n| " + " | ".join(columns) + " |\n|" + " --- |" * len(columns))
+        found = []
         for gpus, gpu in itertools.product(args.gpus, args.gpu):
             for network in args.networks if gpus > NODE else args.networks[:1]:
-                found = rows(models[gpus > 1], gpus, gpu, network)
-                result += [{"model": name, **row} for row in found]
-                for sharding in ("full_shard", "hybrid_shard"):
-                    if not (ours := [row for row in found if row["sharding"] == sharding]):
-                        if sharding == "full_shard":
-                            print(f"| {gpus} {gpu} |" + " |" * 3 + " does not fit |" + " |" * 5)
-                        continue
-                    best = min(ours, key=lambda row: row["step_s"])
-                    between = f"{network:g} Gb/s" if gpus > NODE else "–"
-                    hides = f"{best['hiding_tokens']:,.0f} tokens" if gpus > 1 else "–"
-                    print(
-                        f"| {gpus} {gpu} | {between} | {sharding if gpus > 1 else '–'} | {best['micro_batch']} | "
-                        f"{best['gib']:.1f} | {best['gigabytes']:.1f} | {best['step_s']:.3f} | "
-                        f"{best['kernels_s']:.3f} | {best['examples_per_s']:,.0f} | {hides} |"
-                    )
-        sys.stdout.flush()
-    assert all(np.isfinite(row["step_s"]) for row in result)
+                found += rows(models[gpus > 1], gpus, gpu, network)
+        print(f"\n{name}\n", *table(found, args.gpu), sep="\n", flush=True)
+        result += [{"model": name, **row} for row in found]
     print(json.dumps({"examples": EXAMPLES, "tokens": TOKENS, "rows": result}))
 
 

@@ -99,7 +99,7 @@ def test_rows_are_what_fits(model, capsys, monkeypatch, tmp_path):
         "full_shard",
         "hybrid_shard",
     ]
-    assert len({line.count("|") for line in table if line.startswith("|")}) == 1
+    assert len({len(line) for line in table}) == 1
     rows = json.loads(last)["rows"]
     assert [row["micro_batch"] for row in rows if row["gpus"] == 8] == [1, 2, 4, 8, 16]
     monkeypatch.setitem(time.GPUS, "H200", {**time.GPUS["H200"], "gib": 1e-6})
