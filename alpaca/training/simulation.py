@@ -315,9 +315,7 @@ def _build(config: Any, layout: Layout) -> tuple[Any, dict[str, Any]]:
     """The model on the meta device, as train.py prepares it, and the fullest micro-batch."""
     dtype = getattr(torch, layout.dtype)
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=layout.attention or "sdpa"
-        )
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=layout.attention)
         use_lean_loss(model)
         if layout.lora_r:
             from peft import LoraConfig, get_peft_model
