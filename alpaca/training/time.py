@@ -180,15 +180,12 @@ class Run:
     price: float | None  # of a GPU for an hour
 
 
-def read(
-    plan: Plan, args: Any, data_args: Any, lengths: np.ndarray | None, present: str | None
-) -> tuple[Layout, Machine, Run]:
-    """The mean step, machine and run of train.py's flags; `present` is the name of the GPU that is here.
+def read_machine(plan: Plan, args: Any, present: str | None) -> Machine:
+    """What train.py's flags name; `present` is the name of the GPU that is here.
 
     Raises ExpectedError (exit 2) for what can't be predicted.
     """
-    layout = plan.layout
-    if plan.zero_stage is not None or layout.offload:
+    if plan.zero_stage is not None or plan.layout.offload:
         what = "DeepSpeed" if plan.zero_stage is not None else "offload"
         raise ExpectedError(
             f"--estimate_time does not know what {what} takes: it predicts runs whose model is on the GPUs, with "
@@ -199,17 +196,21 @@ def read(
     if gpu not in GPUS:
         said = f"--estimate_gpu {gpu}: not in the table" if gpu else "--estimate_time needs a GPU to predict for"
         raise ExpectedError(f"{said}; give --estimate_gpu with {', '.join(GPUS)}", ExitCode.USAGE)
-    precision = "bfloat16" if layout.compute_dtype == "bfloat16" else "tf32" if args.in_tf32 else "float32"
-    on = machine(gpu, precision, args.estimate_network, args.estimate_efficiency)
+    precision = "bfloat16" if plan.layout.compute_dtype == "bfloat16" else "tf32" if args.in_tf32 else "float32"
+    return machine(gpu, precision, args.estimate_network, args.estimate_efficiency)
+
+
+def read_run(layout: Layout, args: Any, data_args: Any, lengths: np.ndarray | None) -> tuple[Layout, Run]:
+    """The layout of the mean micro-batch, and the run, of train.py's flags and the examples' lengths."""
     steps = args.max_steps if args.max_steps > 0 else None
     if lengths is None:
-        return layout, on, Run(steps, None, args.price_per_gpu_hour)
+        return layout, Run(steps, None, args.price_per_gpu_hour)
     sizes = layout.batch_size, layout.gpus, layout.accumulation
     fullest = fullest_micro_batches(lengths, *sizes, not layout.packed, data_args.balance_tokens, args.seed)
     if steps is None:
         steps = math.ceil(args.num_train_epochs * math.ceil(len(lengths) / math.prod(sizes)))
     layout = replace(layout, length=math.ceil(fullest / layout.batch_size))
-    return layout, on, Run(steps, float(np.mean(lengths)), args.price_per_gpu_hour)
+    return layout, Run(steps, float(np.mean(lengths)), args.price_per_gpu_hour)
 
 
 def describe(config: transformers.PretrainedConfig, layout: Layout, on: Machine, run: Run) -> str:
