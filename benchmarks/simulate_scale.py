@@ -131,7 +131,8 @@ def rows(model: Simulated, gpus: int, gpu: str, network: float) -> list[dict[str
 
 
 def table(found: list[dict[str, Any]], gpus_named: list[str]) -> list[str]:
-    """Of each cluster and sharding the fastest setting that fits, the kinds of GPU beside each other."""
+    """Of each cluster and sharding the fastest setting that fits, the kinds of GPU beside each other; in brackets a
+    micro-batch that is another than the row's, whose memory is smaller in proportion to its tokens."""
     best: dict[tuple, dict[str, dict[str, Any]]] = {}
     for row in sorted(found, key=lambda row: row["step_s"]):
         best.setdefault((row["gpus"], row["network"], row["sharding"]), {}).setdefault(row["gpu"], row)
@@ -146,7 +147,11 @@ def table(found: list[dict[str, Any]], gpus_named: list[str]) -> list[str]:
         cells += [str(one["micro_batch"]), f"{one['gib']:.1f}", f"{one['gigabytes']:.1f}"]
         for name in gpus_named:
             row = by_gpu.get(name)
-            cells += [f"{row['step_s']:.3f}", f"{row['hiding_tokens']:,.0f}"] if row else ["does not fit", ""]
+            if row is None:
+                cells += ["does not fit", ""]
+                continue
+            other = f" ({row['micro_batch']})" if row["micro_batch"] != one["micro_batch"] else ""
+            cells += [f"{row['step_s']:.3f}{other}", f"{row['hiding_tokens']:,.0f}" if gpus > 1 else "–"]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
