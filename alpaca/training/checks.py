@@ -26,6 +26,7 @@ LEAST = {
     **dict.fromkeys(["eval_accumulation_steps", "dataloader_prefetch_factor", "ddp_timeout"], 1),
     **dict.fromkeys(["learning_rate", "warmup_steps", "weight_decay", "dataloader_num_workers", "max_grad_norm"], 0),
     **dict.fromkeys(["seed", "data_seed", "neftune_noise_alpha", "label_smoothing_factor"], 0),
+    "price_per_gpu_hour": 0,
 }
 MOST = {"seed": 2**32 - 1, "data_seed": 2**32 - 1, "label_smoothing_factor": 1}
 ABOVE_ZERO = ("num_train_epochs", "save_steps", "logging_steps", "eval_steps", "estimate_gib", "estimate_network")
