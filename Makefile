@@ -47,7 +47,7 @@ bench: .venv/installed-dev
 	python benchmarks/bench_rate_gate.py
 	python benchmarks/bench_resume.py
 	python benchmarks/bench_startup.py
-	python benchmarks/plan_sharding.py
+	python benchmarks/simulate_scale.py
 
 lint: .venv/installed-dev
 	ruff check .

@@ -22,7 +22,7 @@ import transformers
 from alpaca.common import ExitCode, ExpectedError, keep_inputs, make_output_directory, memory_problem
 from alpaca.data.examples import IGNORE_INDEX, SupervisedDataset, preprocess
 from alpaca.prompts import PROMPT_DICT
-from alpaca.training import memory
+from alpaca.training import memory, time
 from alpaca.training.arguments import TrainingArguments, correct_layer_names, parse_arguments
 from alpaca.training.attention import choose_collator
 from alpaca.training.batches import DataCollatorForSupervisedDataset, DataCollatorWithoutPadding
@@ -60,23 +60,37 @@ __all__ = [
 ]
 
 
-def estimate_memory(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
+def estimate(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
+    """Print what the run needs and takes. Data, where it is given, says how long examples are and how many steps."""
     config = from_pretrained(transformers.AutoConfig, model_args.model_name_or_path, cache_dir=training_args.cache_dir)
     collator = choose_collator(config, None, model_args, data_args, training_args)
     plan = memory.read_plan(model_args, training_args, packed=isinstance(collator, DataCollatorWithoutPadding))
-    present = torch.cuda.get_device_properties(0).total_memory / memory.GIB if torch.cuda.is_available() else None
+    present = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
+    if training_args.estimate_time:
+        machine = time.read_machine(plan, training_args, present and present.name)
+    lengths = None
+    if data_args.data_path:
+        tokenizer = load_tokenizer(model_args, training_args)
+        complete_tokenizer(tokenizer, model_args.pad_token, grow=not model_args.lora_r)
+        lengths = make_supervised_data_module(tokenizer, data_args)["train_dataset"].lengths
     if dist.is_initialized():
         dist.destroy_process_group()  # the simulation makes one of its own
-    if training_args.process_index == 0:
-        print(memory.describe(config, plan, training_args.estimate_gib or present))
+    if training_args.process_index:
+        return
+    if training_args.estimate_memory:
+        here = present and present.total_memory / memory.GIB
+        print(memory.describe(config, memory.cut(plan, lengths), training_args.estimate_gib or here))
+    if training_args.estimate_time:
+        layout, run = time.read_run(plan.layout, training_args, data_args, lengths)
+        print(time.describe(config, layout, machine, run))
 
 
 def train() -> None:
     model_args, data_args, training_args = parse_arguments()
     if training_args.disable_tqdm:
         transformers.utils.logging.disable_progress_bar()
-    if training_args.estimate_memory:
-        return estimate_memory(model_args, data_args, training_args)
+    if training_args.estimates:
+        return estimate(model_args, data_args, training_args)
     if not data_args.show_batch:
         check_paths(model_args, data_args, training_args)
 

@@ -52,6 +52,7 @@ class TrainingArguments(TrainingFlags, transformers.TrainingArguments):
         if self.save_strategy == "best" and self.metric_for_best_model is None:
             self.metric_for_best_model = "loss"  # as for --load_best_model_at_end
         self.half_precision = self.bf16 or self.fp16  # as asked for, with or without a GPU
+        self.in_tf32 = self.tf32
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         if self.use_cpu or accelerator is None:
             self._train_on_cpu()
@@ -63,7 +64,7 @@ class TrainingArguments(TrainingFlags, transformers.TrainingArguments):
             self.ddp_find_unused_parameters = False  # every parameter of a causal language model is used
         self._read_fsdp()
         self.zero_config = read_json_flag("deepspeed", self.deepspeed) if self.deepspeed else None
-        if self.estimate_memory:  # nothing is started, so the flags need neither a launcher nor the packages
+        if self.estimates:  # nothing is started, so the flags need neither a launcher nor the packages
             self.fsdp = self.deepspeed = None
         self._read_deepspeed()
         super().__post_init__()
@@ -73,11 +74,16 @@ class TrainingArguments(TrainingFlags, transformers.TrainingArguments):
                 f'{self.deepspeed} contradicts the flags: {reasons}. Write "auto" there, or give the same'
             )
         self._check_packages()
-        if not self.estimate_memory:
+        if not self.estimates:
             rehearse_optimizer(self)
         if self.n_gpu > 1:
             notice(f"one process uses one GPU; start torchrun --nproc_per_node={self.n_gpu} train.py … to use them all")
             self._n_gpu = 1  # DataParallel would multiply the batch
+
+    @property
+    def estimates(self) -> bool:
+        """Whether the run is only estimated."""
+        return self.estimate_memory or self.estimate_time
 
     @property
     def sharding(self) -> str:
@@ -118,7 +124,7 @@ class TrainingArguments(TrainingFlags, transformers.TrainingArguments):
             raise wrong_usage(f"--{flag} needs the package: pip install {package}")
 
     def _train_on_cpu(self) -> None:
-        if not self.use_cpu and not self.estimate_memory:
+        if not self.use_cpu and not self.estimates:
             changes = [f"--{name} does not apply" for name in ("tf32", "fp16") if getattr(self, name)]
             notice("; ".join(["no accelerator found, training on the CPU", *changes]))
         self.use_cpu = True
@@ -129,11 +135,12 @@ class TrainingArguments(TrainingFlags, transformers.TrainingArguments):
         """--fsdp "full_shard auto_wrap offload" → fsdp=True and fsdp_config, the form that today's library keeps."""
         usual = {"true": "full_shard", "false": "", "none": ""}
         words = usual.get(str(self.fsdp).lower(), str(self.fsdp)).split()
-        unknown = set(words) - {"full_shard", "shard_grad_op", "auto_wrap", "offload"}
+        self.hybrid_shard = "hybrid_shard" in words
+        unknown = set(words) - {"full_shard", "shard_grad_op", "hybrid_shard", "auto_wrap", "offload"}
         if unknown:
             raise wrong_usage(
-                f"--fsdp {self.fsdp!r}: FSDP2 has full_shard, shard_grad_op, auto_wrap and offload, not "
-                f'{", ".join(sorted(unknown))}; the usual value is --fsdp "full_shard auto_wrap"'
+                f"--fsdp {self.fsdp!r}: FSDP2 has full_shard, shard_grad_op, hybrid_shard, auto_wrap and offload, "
+                f'not {", ".join(sorted(unknown))}; the usual value is --fsdp "full_shard auto_wrap"'
             )
         wrap = self.fsdp_transformer_layer_cls_to_wrap
         if not words:
@@ -159,13 +166,30 @@ class TrainingArguments(TrainingFlags, transformers.TrainingArguments):
         # The first process of a machine reads the model and sends each its part: not 8 × 27 GB of host memory for 7B.
         config.setdefault("cpu_ram_efficient_loading", not self.use_cpu)
         self.fsdp, self.fsdp_config = True, config
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not self.estimate_memory:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not self.estimates:
             notice(
                 "--fsdp shards a model over processes and there is one, so nothing is sharded; "
                 "torchrun --nproc_per_node=N train.py … starts N"
             )
             if "WORLD_SIZE" not in os.environ:
                 self.fsdp = None  # without a process group FSDP can't start; fsdp_config is still checked
+        if self.hybrid_shard and not self.estimates:
+            self._replicate_over_machines()
+
+    def _replicate_over_machines(self) -> None:
+        """hybrid_shard: the model is sharded inside each machine, and gradients are summed over machines."""
+        processes, inside = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if processes == inside:
+            notice("--fsdp hybrid_shard on one machine is full_shard")
+        elif inside == 1 or processes % inside:
+            raise wrong_usage(
+                f"--fsdp hybrid_shard shards a model over the processes of each machine, equally many: {processes} in "
+                f"all, {inside} here; use full_shard"
+            )
+        else:
+            from accelerate import ParallelismConfig
+
+            self.parallelism_config = ParallelismConfig(dp_replicate_size=processes // inside, dp_shard_size=inside)
 
     def _read_deepspeed(self) -> None:
         if not self.deepspeed:
@@ -301,9 +325,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[ModelArguments, 
         old_value, new_value = getattr(values, old), getattr(values, new)
         if {old, new} <= given and translate(old_value) != new_value:
             raise contradiction(old, old_value, new, new_value)
-    if values.data_path is None and not values.estimate_memory:
+    estimates = values.estimate_memory or values.estimate_time
+    if values.data_path is None and not estimates:
         fail("--data_path is needed: a .json or .jsonl file, or a Hub data set")
-    if values.output_dir is None and not values.show_batch and not values.estimate_memory:
+    if values.output_dir is None and not values.show_batch and not estimates:
         fail("--output_dir is needed: where checkpoints and the tuned model go")
     if values.lora_r < 0 or (values.lora_merge and not values.lora_r):
         fail(f"--lora_r {values.lora_r}: LoRA needs a rank of at least 1, --lora_merge needs LoRA")
@@ -333,7 +358,7 @@ def check_evaluation(args: TrainingArguments, val_size: float) -> None:
 
 def describe_unknown(unknown: list[str], known: list[str]) -> str:
     """['--lerning_rate', '1'] → "unknown flag --lerning_rate (--learning_rate?)"."""
-    if set(unknown) & {"auto_wrap", "full_shard", "shard_grad_op", "offload"}:
+    if set(unknown) & {"auto_wrap", "full_shard", "shard_grad_op", "hybrid_shard", "offload"}:
         return f'stray {" ".join(unknown)}: the value of --fsdp needs quotes, --fsdp "full_shard auto_wrap"'
     flag = unknown[0].split("=")[0]
     if not flag.startswith("-"):

@@ -26,9 +26,10 @@ LEAST = {
     **dict.fromkeys(["eval_accumulation_steps", "dataloader_prefetch_factor", "ddp_timeout"], 1),
     **dict.fromkeys(["learning_rate", "warmup_steps", "weight_decay", "dataloader_num_workers", "max_grad_norm"], 0),
     **dict.fromkeys(["seed", "data_seed", "neftune_noise_alpha", "label_smoothing_factor"], 0),
+    "price_per_gpu_hour": 0,
 }
 MOST = {"seed": 2**32 - 1, "data_seed": 2**32 - 1, "label_smoothing_factor": 1}
-ABOVE_ZERO = ("num_train_epochs", "save_steps", "logging_steps", "eval_steps", "estimate_gib")
+ABOVE_ZERO = ("num_train_epochs", "save_steps", "logging_steps", "eval_steps", "estimate_gib", "estimate_network")
 
 
 def check_sizes(args: TrainingArguments) -> None:
@@ -41,6 +42,8 @@ def check_sizes(args: TrainingArguments) -> None:
             raise wrong_usage(f"--{name} {value}: give {'more than 0' if least is None else f'{least} or more'}")
         if value > MOST.get(name, value):
             raise wrong_usage(f"--{name} {value}: give at most {MOST[name]}")
+    if args.estimate_efficiency is not None and not 0 < args.estimate_efficiency <= 1:
+        raise wrong_usage(f"--estimate_efficiency {args.estimate_efficiency}: give a share above 0, at most 1")
     if args.max_steps < -1 or args.max_steps == 0:
         raise wrong_usage(f"--max_steps {args.max_steps}: give 1 or more, or -1 to let the epochs count")
 

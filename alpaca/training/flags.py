@@ -75,6 +75,13 @@ class TrainingFlags:
     estimate_memory: bool = flag(False, "Print what the run needs of each GPU's memory, from the config alone; exit.")
     estimate_gpus: int | None = flag(None, "Estimate for so many GPUs instead of the processes that are running.")
     estimate_gib: float | None = flag(None, "Compare the estimate with a GPU of so many GiB, not the one present.")
+    estimate_time: bool = flag(False, "Predict how long the run takes, and what it costs, and exit.")
+    estimate_gpu: str | None = flag(None, "The GPU to predict for: A100, H100 or H200; by default the one present.")
+    estimate_network: float = flag(400.0, "Gb/s between machines of eight GPUs.")
+    estimate_efficiency: float | None = flag(
+        None, "Share of the peak that matrix products reach; by default published."
+    )
+    price_per_gpu_hour: float | None = flag(None, "Money for a GPU for an hour; --estimate_time adds it up.")
 
     output_dir: str | None = flag(None, "Where checkpoints and the tuned model go.")
     save_strategy: str = flag("steps", "When to write checkpoints: no, steps, epoch or best.")
@@ -112,6 +119,7 @@ GROUPS = {
     "bf16": "Precision",
     "fsdp": "Sharding",
     "gradient_checkpointing": "Memory",
+    "estimate_memory": "Before renting",
     "output_dir": "Saving and resuming",
     "lora_r": "LoRA",
     "logging_steps": "Log and evaluation",

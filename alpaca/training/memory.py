@@ -20,6 +20,7 @@ from tqdm import tqdm
 from alpaca.training.simulation import Layout, simulate
 
 GIB = 2**30
+GPUS_PER_NODE = 8  # where nothing says how many
 ALLOWANCE = 0.08  # of the device
 STATES = {"adamw": 2, "adam": 2, "lion": 1, "sgd": 0, "adagrad": 1, "rmsprop": 1, "adafactor": 0}  # by prefix
 PARTS = ("weights", "gradients", "optimizer states", "gathered", "activations", "temporary")
@@ -138,9 +139,11 @@ def read_plan(model_args: Any, args: Any, packed: bool) -> Plan:
     # Called activation_checkpointing since transformers 5.23, where the older name is an alias.
     recomputes = args.gradient_checkpointing or getattr(args, "activation_checkpointing", False)
     fsdp = args.fsdp_config or {}
+    gpus = args.estimate_gpus or args.world_size
     layout = Layout(
-        gpus=args.estimate_gpus or args.world_size,
+        gpus=gpus,
         fsdp=args.fsdp_config is not None,
+        replicas=max(1, gpus // GPUS_PER_NODE) if args.hybrid_shard else 1,
         reshard=bool(fsdp.get("reshard_after_forward", True)),
         offload=bool(fsdp.get("cpu_offload")),
         dtype=model_args.dtype,
@@ -164,12 +167,20 @@ def read_plan(model_args: Any, args: Any, packed: bool) -> Plan:
     return Plan(layout, zero.get("stage", 0), frozenset(offload))
 
 
+def cut(plan: Plan, lengths: Any) -> Plan:
+    """The plan for the longest of the examples, where they are known."""
+    return plan if lengths is None else replace(plan, layout=replace(plan.layout, length=int(max(lengths))))
+
+
 def describe(config: transformers.PretrainedConfig, plan: Plan, device_gib: float | None) -> str:
     """The report that --estimate_memory prints. `device_gib`: of one GPU, None where it is not known."""
     layout, parts = plan.layout, estimate(config, plan)
     parameters, trained = count_parameters(config, replace(layout, lora_r=0))[0], count_parameters(config, layout)[1]
     engine = "DeepSpeed ZeRO-" + str(plan.zero_stage) if plan.zero_stage is not None else "nothing sharded"
-    engine = f"FSDP, {'full_shard' if layout.reshard else 'shard_grad_op'}" if layout.fsdp else engine
+    if layout.fsdp:
+        engine = f"FSDP, {'full_shard' if layout.reshard else 'shard_grad_op'}"
+    if layout.replicas > 1:
+        engine = f"FSDP, hybrid_shard in {layout.replicas} machines of {layout.gpus // layout.replicas}"
     lines = [
         f"{parameters / 1e9:.2f}e9 parameters. Naively 7 x 4 x 4 = 112 GB for a 7B model; for this one "
         f"{parameters * 16 / 1e9:.1f} GB = {parameters * 16 / GIB:.1f} GiB: float32 weights, gradients and two "

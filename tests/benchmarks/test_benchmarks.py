@@ -1,12 +1,16 @@
-"""The benchmarks as commands on small inputs, and the sharding plan's arithmetic by hand; no timing is judged."""
+"""The benchmarks as commands on small inputs; no timing is judged."""
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import transformers
 
-from benchmarks.plan_sharding import GPUS_PER_NODE, Cluster, Setting, main, options, ring_speed, seconds_and_bytes
+from alpaca.training import memory, time
+from alpaca.training.attention import BY_EXAMPLE
+from alpaca.training.simulation import Layout
+from benchmarks import simulate_scale
 from tests.conftest import ROOT, run
 
 
@@ -49,62 +53,54 @@ def test_length_control(tmp_path):
     assert result["raw"]["mean_error"] == (3.75 + 6.25) / 2 and result["ours"] != result["unpenalised"]
 
 
-# --- a plan for several GPUs ---
+# --- from one GPU to 1,024 ---
 
 
-@pytest.mark.parametrize(
-    ("setting", "moved", "compute", "step"),
-    [
-        # Gathering once is 2 bytes × 1,000 × 3/4 = 1,500 bytes = 1 s. Forward 0.5 s, backward 1 s.
-        # First micro-batch: max(0.5, 1) + max(1, 1) = 2 s; the last also scatters: max(0.5, 1) + max(1, 2) = 3 s.
-        (Setting(5, 2), 1500 * 5, 3.0, 5.0),
-        (Setting(5, 2, sync_each_batch=True), 1500 * 6, 3.0, 6.0),
-        (Setting(5, 2, reshard=False), 1500 * 3, 3.0, 4.0),
-        (Setting(5, 2, checkpointing=True), 1500 * 5, 4.0, 1 + 1.5 + 1 + 2),  # 1.5 s backward
-    ],
-    ids=str,
-)
-def test_a_step_of_a_plan_is_the_one_worked_out_by_hand(setting, moved, compute, step):
-    cluster = Cluster(gpus=4, flops=40_000, link=1500, gib=1)
-    figures = seconds_and_bytes(1000, 10, cluster, setting)
-    expected = {"bytes": moved, "communication_s": moved / 1500, "compute_s": compute, "step_s": step}
-    assert figures == pytest.approx(expected)
-
-
-def test_a_ring_over_nodes_is_as_fast_as_its_slowest_part():
-    assert ring_speed(300, 25, nodes=1) == 300
-    assert ring_speed(300, 25, nodes=2) == 25 * GPUS_PER_NODE
-    assert ring_speed(300, 50, nodes=2) == 300
-
-
-def gib(length, gpus, reshard, accumulation, sync_each_batch, checkpointing):
-    """In place of a simulation: 12 GiB of states a GPU of eight, 0.005 GiB a token, and what flags save."""
-    whole_gradients = 12.6 if accumulation > 1 and not sync_each_batch else 0
-    return 8 * 12 / gpus + length * (0.001 if checkpointing else 0.005) + whole_gradients + (0 if reshard else 12.6)
-
-
-def test_the_recommended_micro_batch_is_the_smallest_that_hides_communication_and_fits():
-    parameters = 6_738_415_616
-    rows = options(parameters, gib, Cluster(8, 0.5 * 312e12, 0.8 * 300e9, 79.2), 128, 126)
-    assert [row["micro_batch"] for row in rows] == [1, 2, 4, 8, 16]
-    assert [row["hidden"] for row in rows] == [False, False, False, True, True]
-    assert [row.get("recommended", False) for row in rows] == [False, False, False, True, False]
-    # 128/8 examples of 126 tokens at 6 FLOPs a parameter; 4 gathers and a scatter of 7/8 of 2 bytes a parameter.
-    assert rows[3]["step_s"] == pytest.approx(6 * parameters * 16 * 126 / 156e12)
-    assert rows[3]["bytes"] == pytest.approx(5 * 2 * parameters * 7 / 8)
-    few_gib = options(parameters, gib, Cluster(8, 0.5 * 312e12, 0.8 * 300e9, 24), 128, 126)
-    assert all(row["gib"] <= 0.92 * 24 for row in few_gib)
-    assert all("sync_each_batch" in row["flags"] for row in few_gib[:4])  # 12.6 GiB of whole gradients do not fit
-    assert options(parameters, gib, Cluster(8, 0.5 * 312e12, 0.8 * 300e9, 12), 128, 126) == []
-
-
-@pytest.mark.soak
-def test_the_plan_is_a_table_and_json(tmp_path, monkeypatch, capsys):
+@pytest.fixture(scope="module")
+def model():
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    transformers.LlamaConfig(**sizes, vocab_size=500).save_pretrained(tmp_path)
-    monkeypatch.setattr(sys, "argv", f"plan_sharding.py --gpu H200 --nodes 1 --model_name_or_path {tmp_path}".split())
-    main()
+    config = transformers.LlamaConfig(**sizes, vocab_size=500)
+    return config, simulate_scale.Simulated(config, sharded=True)
+
+
+def test_what_lies_between_the_simulated_sizes_is_what_a_simulation_of_it_gives(model):
+    """64 GPUs and three examples, full and hybrid, against the command's own way."""
+    config, simulated = model
+    on = time.machine("H100", "bfloat16", 400)
+    for replicas in (1, 8):
+        layout = Layout(gpus=64, fsdp=True, replicas=replicas, compute_dtype="bfloat16", attention=BY_EXAMPLE)
+        layout = replace(layout, batch_size=3, length=simulate_scale.TOKENS, optimizer="adamw_torch_fused")
+        ours = time.step_seconds(simulated.phases(3, layout, on), 1)
+        expected = time.predict(config, layout, on)
+        assert ours == pytest.approx(expected, rel=0.02)
+        plan = memory.Plan(replace(layout, batch_size=2, length=512))
+        assert simulated.gib(64 // replicas, 1024) == pytest.approx(memory.estimate(config, plan)["total"], rel=0.02)
+
+
+def test_traffic_is_hidden_from_the_micro_batch_on_that_it_says(model):
+    simulated, on = model[1], time.machine("A100", "bfloat16", 400)
+    layout = Layout(gpus=8, fsdp=True)
+    size = simulated.hiding_tokens(layout, on) / simulate_scale.TOKENS
+    for factor, hidden in ((1.01, True), (0.98, False)):
+        phases = simulated.phases(factor * size, layout, on)
+        passes = [sums for phase, sums in phases.items() if phase != "optimizer"]
+        assert all(sums["kernels"] >= sums["transfers"] for sums in passes) == hidden
+
+
+def test_rows_are_what_fits(model, capsys, monkeypatch, tmp_path):
+    model[0].save_pretrained(tmp_path)
+    arguments = f"simulate_scale.py --gpu H200 --gpus 8 64 --networks 400 --config {tmp_path}"
+    monkeypatch.setattr(sys, "argv", arguments.split())
+    monkeypatch.setattr(simulate_scale, "Simulated", lambda config, sharded: model[1])  # once is enough
+    simulate_scale.main()
     *table, last = capsys.readouterr().out.splitlines()
-    assert sum(line.startswith("| 1 × 8 H200 |") for line in table) == 5 == len(json.loads(last)["rows"])
-    assert sum(line.endswith("recommended |") for line in table) == 1
-    assert len({line.count("|") for line in table if line.startswith("|")}) == 1
+    assert [line.split("|")[3].strip() for line in table if "H200" in line] == [
+        "full_shard",
+        "full_shard",
+        "hybrid_shard",
+    ]
+    assert len({len(line) for line in table}) == 1
+    rows = json.loads(last)["rows"]
+    assert [row["micro_batch"] for row in rows if row["gpus"] == 8] == [1, 2, 4, 8, 16]
+    monkeypatch.setitem(time.GPUS, "H200", {**time.GPUS["H200"], "gib": 1e-6})
+    assert simulate_scale.rows(model[1], 8, "H200", 400) == []

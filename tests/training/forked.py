@@ -30,14 +30,20 @@ def start(function, log, *arguments, **environment):
     return process
 
 
-def start_ranks(count, function, log, *arguments):
-    """The same in `count` processes of one job, as torchrun would set them up; they share the log."""
+def start_ranks(count, function, log, *arguments, machines=1):
+    """The same in `count` processes of one job, as torchrun would set them up on `machines`; they share the log."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    job = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    inside = count // machines
+    job = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": inside, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [
-        start(function, log, *arguments, **{k: str(v) for k, v in {**job, "RANK": rank, "LOCAL_RANK": rank}.items()})
+        start(
+            function,
+            log,
+            *arguments,
+            **{k: str(v) for k, v in {**job, "RANK": rank, "LOCAL_RANK": rank % inside}.items()},
+        )
         for rank in range(count)
     ]
 

@@ -96,7 +96,7 @@ BEST = ["--load_best_model_at_end", "True", "--eval_strategy", "steps", "--eval_
         (["--learning", "1"], "unknown flag --learning"),  # no abbreviations
         (["--learning_rate", "fast"], "learning_rate"),
         (["--fsdp", "full_shard", "auto_wrap"], 'needs quotes, --fsdp "full_shard auto_wrap"'),
-        (["--fsdp", "hybrid_shard auto_wrap"], "not hybrid_shard"),
+        (["--fsdp", "no_shard auto_wrap"], "not no_shard"),
         (["--fsdp", "full_shard", "--deepspeed", "x.json"], "give one of them"),
         (["--fsdp", "full_shard", "--fsdp_config", "none.json"], "none.json"),
         (["--fsdp", "full_shard", "--fsdp_config", "{]"], "--fsdp_config"),
