@@ -94,12 +94,10 @@ def test_rows_are_what_fits(model, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(simulate_scale, "Simulated", lambda config, sharded: model[1])  # once is enough
     simulate_scale.main()
     *table, last = capsys.readouterr().out.splitlines()
-    assert [line.split("|")[3].strip() for line in table if "H200" in line] == [
-        "full_shard",
-        "full_shard",
-        "hybrid_shard",
-    ]
-    assert len({len(line) for line in table}) == 1
+    rows_shown = [[cell.strip() for cell in line.strip("|").split("|")] for line in table if "_shard" in line]
+    shown = [(row[0], row[1], row[2]) for row in rows_shown]
+    assert shown == [("8", "–", "full_shard"), *[("64", "400 Gb/s", name) for name in ("full_shard", "hybrid_shard")]]
+    assert len({len(row) for row in rows_shown}) == 1
     rows = json.loads(last)["rows"]
     assert [row["micro_batch"] for row in rows if row["gpus"] == 8] == [1, 2, 4, 8, 16]
     monkeypatch.setitem(time.GPUS, "H200", {**time.GPUS["H200"], "gib": 1e-6})
