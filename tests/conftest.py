@@ -1,5 +1,6 @@
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network, and non
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
 # The models are small, and two threads that wait for each other are slower than one on a machine that does other work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What a script starts in the background ignores Ctrl-C, and so would all that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # The tests describe a machine without a GPU, here and in every process that they start; only those of test_gpu.py put
 # this into the environment of theirs. torch is not imported yet.
 GPU = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
