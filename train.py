@@ -1,7 +1,5 @@
 r"""Supervised fine-tuning of LLaMA, OPT and other causal language models on Alpaca-format data.
-
     python train.py --model_name_or_path facebook/opt-125m --data_path alpaca_data.json --output_dir out
-
     torchrun --nproc_per_node=4 train.py --model_name_or_path <llama-7b> --data_path alpaca_data.json --output_dir out \
         --bf16 True --tf32 True --fsdp "full_shard auto_wrap"
 

