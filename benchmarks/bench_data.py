@@ -36,7 +36,7 @@ from tests.data.checks import holds, starts_programs
 
 EVAL_TASKS = ROOT / "eval_tasks.jsonl"
 SEEDS = (0, 1, 2)
-LONGEST = 160  # tokens of an answer
+LONGEST = 96  # tokens of an answer
 SETTING = {**bench_recipe.SHORT, "characters": None, "model_max_length": 1024}
 
 
@@ -57,7 +57,7 @@ def draw(path, tokenizer, tokens, seed):
 
 def measure(path, tokenizer):
     """Per task: the summed loss and the number of tokens of its reference; per checked task: whether it passed."""
-    model, reader = load(str(path))
+    model, reader = load(str(path), "bfloat16" if bench_recipe.has_bf16() else "float32")
     references = SupervisedDataset(str(EVAL_TASKS), tokenizer)
     losses = [bench_recipe.measure_loss(model, [references[index]]) for index in range(len(references))]
     tasks = [task for task in read_records(str(EVAL_TASKS)) if "check" in task and not starts_programs(task["check"])]
