@@ -6,10 +6,11 @@ r"""Supervised fine-tuning of LLaMA, OPT and other causal language models on Alp
 docs/training.md has the recipe's commands. Below, a flag's default follows its name; switches take True or False.
 """
 
+from alpaca.common import run_main
 from alpaca.training.flags import DataArguments, ModelArguments, answer_help
 
 if __name__ == "__main__":
-    answer_help(__doc__)  # here, because the imports below take seconds
+    run_main(lambda: answer_help(__doc__))  # here, because the imports below take seconds
 
 from pathlib import Path
 

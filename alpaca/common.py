@@ -83,11 +83,20 @@ def memory_problem(error: BaseException) -> str | None:
 def run_main(main: Callable[[], Any]) -> None:
     """Run a script's `main`; an expected failure ends in one `error: …` line on standard error and its exit code.
 
-    Under torchrun only local rank 0 prints, so that one mistake is one line.
+    Under torchrun only local rank 0 prints, so that one mistake is one line. Where the reader of standard output has
+    seen enough (`--help | head`), the script ends without a word, as SIGPIPE would end it.
     """
     try:
-        main()
+        try:
+            main()
+        except SystemExit:  # after argparse's help
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()
         return
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again as it ends
+        sys.exit(128 + 13)
     except ExpectedError as error:
         message, exit_code = str(error), error.exit_code
     except KeyboardInterrupt:

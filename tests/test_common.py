@@ -1,11 +1,13 @@
 """Command lines: what reaches the function, and that nothing runs before everything is known."""
 
 import os
+import subprocess
 import sys
 
 import pytest
 
 from alpaca.common import ExitCode, ExpectedError, keep_inputs, read_docstring, run_commands
+from tests.conftest import ROOT
 
 CALLS = []
 
@@ -210,3 +212,14 @@ def test_no_output_touches_an_input(output, how, tmp_path, monkeypatch):
     with pytest.raises(ExpectedError, match=rf"^--output_dir {output} {how} --\w+ .*, which is read; choose") as raised:
         keep_inputs({"output_dir": output}, inputs)
     assert raised.value.exit_code == ExitCode.USAGE
+
+
+@pytest.mark.parametrize("script", ["train", "generate_instruction", "weight_diff", "inference", "eval", "data_report"])
+def test_a_reader_that_has_seen_enough_is_no_error(script):
+    """`python train.py --help | head -1`"""
+    with subprocess.Popen(
+        [sys.executable, f"{script}.py", "--help"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode in (0, 141)  # argparse takes no notice; 141 is how a shell reports SIGPIPE
