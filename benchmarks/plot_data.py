@@ -18,7 +18,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from alpaca.evaluation.pairs import read_records
+from alpaca.data.files import read_records
 
 RANKS = (1, 2, 3, 5, 10, 15, 20, 30, 40)
 QUANTILES = (10, 25, 50, 75, 90)

@@ -26,8 +26,20 @@ def bad_data(message: str) -> ExpectedError:
     return ExpectedError(message, ExitCode.DATA)
 
 
-def read_records(data_path: str) -> list[Any]:
-    """The records of a file, or of the "train" split of a Hub data set, unchecked. Raises ExpectedError (exit 3)."""
+def read_records(data_path: str, flag: str = "") -> list[Any]:
+    """The records of a file, or of the "train" split of a Hub data set, unchecked.
+
+    Raises ExpectedError (exit 3), which begins with `flag`, where another than --data_path named the file.
+    """
+    try:
+        return _read(data_path)
+    except ExpectedError as error:
+        if not flag:
+            raise
+        raise ExpectedError(f"{flag} {str(error).removeprefix('--data_path ')}", error.exit_code)
+
+
+def _read(data_path: str) -> list[Any]:
     if os.path.isfile(data_path):
         with _readable(data_path), open(data_path, "rb") as file:
             start = file.read(4)

@@ -9,12 +9,8 @@ def load_tasks(path: str, flag: str) -> list[dict[str, str]]:
 
     Raises ExpectedError (exit 3) with the first record that is neither.
     """
-    try:
-        records = read_records(path)
-    except ExpectedError as error:
-        raise ExpectedError(f"{flag} {str(error).removeprefix('--data_path ')}", error.exit_code)
     tasks = []
-    for number, record in enumerate(records):
+    for number, record in enumerate(read_records(path, flag)):
         instances = record.get("instances", [record]) if isinstance(record, dict) else None
         inputs = [i.get("input") or "" for i in instances or [] if isinstance(i, dict)] if instances else []
         if not inputs or not all(isinstance(text, str) for text in [record.get("instruction"), *inputs]):

@@ -20,9 +20,9 @@ from alpaca.answering.file import answer_file, settings_of
 from alpaca.answering.model import Reader, Sampling, load_model, load_reader
 from alpaca.common import ExitCode, ExpectedError, jdump, jload
 from alpaca.data.examples import IGNORE_INDEX, load_examples, tokenize
+from alpaca.data.files import read_records
 from alpaca.data.similarity import TokenEncoder, rouge_l
 from alpaca.evaluation.figures import IFEVAL, MEASURED, figures_of
-from alpaca.evaluation.pairs import read_records
 from alpaca.prompts import format_prompt
 from alpaca.teacher.request_log import Log
 

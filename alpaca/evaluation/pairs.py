@@ -1,11 +1,11 @@
 """Answers read from files, and two files of them joined into pairs: nothing is left out or joined silently."""
 
-import json
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
 from alpaca.common import ExitCode, ExpectedError
+from alpaca.data.files import read_records
 
 SHOWN = 5  # faults that a message names
 
@@ -37,22 +37,6 @@ def read_answers(path: str, flag: str) -> list[dict[str, str]]:
             ExitCode.DATA,
         )
     return answers
-
-
-def read_records(path: str, flag: str) -> list[Any]:
-    """The list in a .json file, or the lines of a .jsonl file. Raises ExpectedError (DATA)."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            text = file.read()
-        if path.endswith(".jsonl"):
-            return [json.loads(line) for line in text.split("\n") if line.strip()]
-        records = json.loads(text)
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
-        raise ExpectedError(f"{flag} {path} can't be read: {reason}; give a .json or .jsonl file", ExitCode.DATA)
-    if not isinstance(records, list):
-        raise ExpectedError(f"{flag} {path} holds no list; wrap the records in [ ]", ExitCode.DATA)
-    return records
 
 
 def _answers_of(record: dict[str, Any]) -> Iterable[dict[str, str]]:

@@ -11,8 +11,9 @@ from typing import Any
 import jinja2
 
 from alpaca.common import ExitCode, ExpectedError
+from alpaca.data.files import read_records
 from alpaca.evaluation.judge import Verdicts, canary_comparisons, verdict_without_judge
-from alpaca.evaluation.pairs import key_of, read_records
+from alpaca.evaluation.pairs import key_of
 from alpaca.evaluation.statistics import (
     agreement,
     half_width,
