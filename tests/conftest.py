@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network, and none should wait for a time-out
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
 # The models are small, and two threads that wait for each other are slower than one on a machine that does other work.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"
 # What a script starts in the background ignores Ctrl-C, and so would all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # The tests describe a machine without a GPU, here and in every process that they start; only those of test_gpu.py put

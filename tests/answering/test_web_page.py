@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -34,7 +33,6 @@ def serving(directory, log):
         process = subprocess.Popen(
             [*command, "--port", str(port), "--max_new_tokens", "50000"],
             cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=file,
             stderr=subprocess.PIPE,
             text=True,

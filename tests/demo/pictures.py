@@ -7,7 +7,6 @@ The answer on the page is greedy, to the first of the page's own examples.
 """
 
 import html
-import os
 import tempfile
 from pathlib import Path
 
@@ -44,7 +43,6 @@ def picture_terminal(chromium, directory):
 
 
 def main():
-    os.environ["OMP_NUM_THREADS"] = "2"
     with tempfile.TemporaryDirectory() as folder:
         chromium = start_browser(Path(folder, "profile"))
         try:

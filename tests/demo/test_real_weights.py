@@ -29,16 +29,6 @@ pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
 FLAGS = ["--use_cpu", "True", "--per_device_train_batch_size", 2, "--learning_rate", "1e-4", "--logging_steps", 1]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def short(tmp_path_factory):
     """The eight shortest of the demonstrations."""

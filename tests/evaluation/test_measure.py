@@ -16,7 +16,6 @@ from alpaca.evaluation.figures import MEASURED, differences_of, figures_of
 from alpaca.evaluation.measure import repeats_prompt, row_of
 from alpaca.prompts import format_prompt
 from tests.answering.asking import LESSONS
-from tests.answering.conftest import one_thread  # noqa: F401
 from tests.evaluation.judging import better, judge_by, run_judge, suite, write
 from tests.generation.runs import fails, wait_for
 from tests.teacher.teacher_server import TeacherServer

@@ -71,7 +71,7 @@ def serve(model_directory, home):
             [*command, "--host", "127.0.0.1", "--port", str(port)],
             stdout=log,
             stderr=log,
-            env={**os.environ, "HF_HOME": str(home), "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "HF_HOME": str(home)},
         )
         try:
             deadline = time.monotonic() + 90

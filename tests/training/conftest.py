@@ -13,15 +13,6 @@ from tests.conftest import ROOT
 
 
 @pytest.fixture(scope="module")
-def one_thread():
-    """Two threads that wait for each other on busy cores take many times as long as one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
 def tokenizer():
     tokenizer = transformers.AutoTokenizer.from_pretrained(ROOT / "configs" / "llama_tiny", model_max_length=160)
     complete_tokenizer(tokenizer, "<unk>")

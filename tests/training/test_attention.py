@@ -14,8 +14,6 @@ from alpaca.training.batches import (
 )
 from tests.training.conftest import tiny
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def loss_and_gradients(model, batch, start=0, stop=None, row=0):
     """Loss summed over one example's tokens, and its gradients; the example is columns start:stop of a row."""

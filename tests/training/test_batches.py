@@ -20,8 +20,6 @@ from alpaca.training.batches import (
 from benchmarks.bench_train import LENGTHS
 from tests.training.conftest import tiny
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_no_token_is_predicted_from_the_example_before_it():
     rows = [{"input_ids": torch.tensor(ids), "labels": torch.tensor(ids)} for ids in ([5, 6, 7], [8], [9, 3])]

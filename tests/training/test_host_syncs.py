@@ -12,7 +12,6 @@ import train
 from alpaca.training.batches import DataCollatorForSupervisedDataset, DataCollatorWithoutPadding
 from tests.training.conftest import tiny
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 READS = {"tolist", "numpy", "cpu", "__array__", "__bool__", "__int__", "__float__", "__index__", "item"}
 
 

@@ -19,15 +19,6 @@ from alpaca.training.memory import GIB, Plan, describe, estimate, remedies
 from alpaca.training.simulation import Layout, _step, simulate
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two threads that wait for each other on busy cores take many times as long as one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def small(kind, layers=3, **sizes):
     return transformers.AutoConfig.for_model(
         kind, vocab_size=2000, hidden_size=128, num_hidden_layers=layers, num_attention_heads=4, **sizes

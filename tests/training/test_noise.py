@@ -6,7 +6,6 @@ import train
 from alpaca.training.batches import DataCollatorForSupervisedDataset, DataCollatorWithoutPadding
 from tests.training.conftest import tiny
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 ALPHA = 5.0
 
 

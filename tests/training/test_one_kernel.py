@@ -18,7 +18,6 @@ from alpaca.training.batches import DataCollatorWithoutPadding
 from alpaca.training.loss import use_lean_loss
 from tests.training.conftest import tiny
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 SIGNATURE = inspect.signature(attention.varlen_attn)
 
 

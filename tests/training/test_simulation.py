@@ -13,7 +13,6 @@ from alpaca.training.attention import BY_EXAMPLE
 from alpaca.training.simulation import PRIVATE, TRACKER, Layout, _fakes, _pass, simulate
 from tests.conftest import ROOT
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 LLAMA = transformers.LlamaConfig(
     vocab_size=500, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4
 )

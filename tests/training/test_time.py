@@ -27,7 +27,6 @@ from alpaca.training.time import (
     step_seconds,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 LLAMA_7B = transformers.LlamaConfig()  # the library's defaults are its sizes
 SMALL = transformers.LlamaConfig(
     vocab_size=500, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4

@@ -20,8 +20,6 @@ from tests.training import courses, forked
 from tests.training.conftest import tiny
 from tests.training.courses import assert_same_course
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def logged(trainer):
     return [entry for entry in trainer.state.log_history if "loss" in entry]

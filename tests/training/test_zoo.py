@@ -8,7 +8,6 @@ from alpaca.training.memory import GIB, count_parameters
 from alpaca.training.simulation import Layout, simulate
 from tests.training.zoo import ZOO
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 OF_EVERY_RUN = ["OPT-350M", "GPT-2"]
 
 
