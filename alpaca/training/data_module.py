@@ -21,9 +21,11 @@ def make_supervised_data_module(tokenizer: Any, data_args: Any) -> dict[str, Any
     """
     dataset = once_for_all_ranks(lambda: SupervisedDataset(data_args.data_path, tokenizer))
     if dataset.dropped:
+        more = f" and {len(dataset.dropped) - 10} more" if len(dataset.dropped) > 10 else ""
         notice(
             f"{len(dataset.dropped)} of {len(dataset.texts.lengths)} examples are left out: none of their response is "
-            f"within --model_max_length {tokenizer.model_max_length}: records {', '.join(map(str, dataset.dropped))}"
+            f"within --model_max_length {tokenizer.model_max_length}: records "
+            f"{', '.join(map(str, dataset.dropped[:10]))}{more}"
         )
     full = dataset.lengths == tokenizer.model_max_length
     if cut := int((full & (dataset.last_tokens != tokenizer.eos_token_id)).sum()):
