@@ -308,6 +308,8 @@ def read_json_flag(name: str, value: str | dict | None) -> dict[str, Any]:
 def parse_arguments(argv: Sequence[str] | None = None) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
     """Raises ExpectedError (exit 2) for anything wrong with the command line, before anything is loaded."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    # transformers 5.23 calls it activation checkpointing, 5.17 doesn't know that word.
+    warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", category=FutureWarning)
     # Abbreviations are off: a typing error must not become another flag.
     types = (ModelArguments, DataArguments, TrainingArguments)
     parser = HfArgumentParser(types, usage="train.py <flags>", allow_abbrev=False, add_help=False)

@@ -33,6 +33,8 @@ ON_HOST = {"weights", "gradients", "optimizer states"}  # with offload
 PRIVATE = {
     "torch._subclasses.fake_tensor": ["FakeTensorMode"],
     "torch.distributed._tools.mem_tracker": ["MemTracker", "_MemRefType"],
+    "torch.utils._python_dispatch": ["TorchDispatchMode", "_disable_current_modes"],
+    "torch.distributed.tensor._sharding_prop": ["ShardingPropagator"],
     "torch.distributed._tools.fsdp2_mem_tracker": ["FSDPMemTracker", "_FSDPRefType"],
     "torch.testing._internal.distributed.fake_pg": ["FakeStore"],
 }
@@ -132,9 +134,30 @@ def _fakes(config: transformers.PretrainedConfig, layout: Layout) -> Iterator[Si
             model.to_empty(device="cpu")
             batch = {k: mode.from_tensor(v) if torch.is_tensor(v) else v for k, v in batch.items()}
             optimizer = _optimizer([parameter for parameter in model.parameters() if parameter.requires_grad], layout)
-            yield SimpleNamespace(model=model, batch=batch, optimizer=optimizer, private=private)
+            with _shapes_apart(private):
+                yield SimpleNamespace(model=model, batch=batch, optimizer=optimizer, private=private)
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _shapes_apart(private: SimpleNamespace) -> Iterator[None]:
+    """Hides from counters that a sharded tensor asks for an operation's outcome by running it on fakes of whole tensors.
+
+    They are not the step's, and PyTorch 2.11 asks in each step.
+    """
+    propagator = private.ShardingPropagator
+    ask = propagator._propagate_tensor_meta_non_cached
+
+    def apart(*arguments):
+        with private._disable_current_modes():
+            return ask(*arguments)
+
+    propagator._propagate_tensor_meta_non_cached = apart
+    try:
+        yield
+    finally:
+        propagator._propagate_tensor_meta_non_cached = ask
 
 
 def _private() -> SimpleNamespace:
@@ -232,10 +255,22 @@ class Operation(NamedTuple):
 
 COLLECTIVES = {"_allgather_base_": ("gather", 0), "_reduce_scatter_base_": ("scatter", 1), "allreduce_": ("reduce", 0)}
 NO_KERNEL = re.compile("empty|^_unsafe_view$|^set_$|^resize_$|^lift")
+
+
+def _attention_flops(query, key, value, *_, **__):
+    """Scores and their products with the values; PyTorch's own (before 2.12) refuses fewer heads of keys than queries."""
+    return 2 * query.shape[:-1].numel() * key.shape[-2] * (key.shape[-1] + value.shape[-1])
+
+
+def _attention_backward_flops(_, query, key, value, *__, **___):
+    """Scores again; gradients of scores and values; of queries and keys."""
+    return 2 * query.shape[:-1].numel() * key.shape[-2] * (3 * key.shape[-1] + 2 * value.shape[-1])
+
+
 FLOPS = {
     **flop_counter.flop_registry,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_counter.sdpa_flop,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_counter.sdpa_backward_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }
 
 
@@ -328,6 +363,9 @@ def _build(config: Any, layout: Layout) -> tuple[Any, dict[str, Any]]:
     if layout.lora_r and layout.checkpointing:
         model.enable_input_require_grads()
     model.train()
+    for module in model.modules():  # drops layers by a number that it reads from a tensor, in transformers 5.17 always
+        if hasattr(module, "layerdrop"):
+            module.training = False  # of this module alone; memory is at its fullest with all layers
     ids = torch.ones(layout.length, dtype=torch.int64)
     rows = [{"input_ids": ids.clone(), "labels": ids.clone()} for _ in range(layout.batch_size)]
     if layout.packed:

@@ -3,6 +3,7 @@
 import json
 import math
 import socket
+import warnings
 
 import pytest
 import torch
@@ -51,6 +52,14 @@ def refused(*flags):
 def test_old_spellings_keep_their_meaning_and_are_announced_once(old, new, value, said, capsys):
     assert getattr(parse(*old), new) == value
     assert capsys.readouterr().err.count(said) == 1
+
+
+def test_checkpointing_needs_no_other_name():
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        args = parse("--gradient_checkpointing", "True")
+    assert args.gradient_checkpointing or args.activation_checkpointing
+    assert not said
 
 
 def test_logging_dir_reaches_tensorboard(monkeypatch, capsys):
