@@ -36,7 +36,7 @@ from tests.data.checks import holds, starts_programs
 
 EVAL_TASKS = ROOT / "eval_tasks.jsonl"
 SEEDS = (0, 1, 2)
-LONGEST = 96  # tokens of an answer
+LONGEST = 256  # tokens of an answer
 SETTING = {**bench_recipe.SHORT, "characters": None, "model_max_length": 1024}
 
 
@@ -109,7 +109,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="demo/base")
     parser.add_argument("--output", default="data.jsonl", help="runs are appended here")
-    parser.add_argument("--tokens", type=int, default=15_000, help="of responses, a run")
+    parser.add_argument("--tokens", type=int, default=40_000, help="of responses, a run")
     parser.add_argument("--sets", nargs="+", default=["ours=alpaca_data.json"], metavar="NAME=FILE")
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     args = parser.parse_args()
