@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.data.checks import TOOLS, UNCHECKED, holds, starts_programs, tools_of
-from tests.data.shipped import CHECKS, EVAL_TASKS, EXAMPLES
+from tests.data.shipped import CHECKS, EVAL_TASKS, EXAMPLES, read_lines
 
 CHECKED = [
     (f"row {number}", row, check)
@@ -51,6 +51,25 @@ def test_checks_fail_other_answers():
         if not fault(name, {**row, "output": other["output"]}, check):
             passed.append(f"{name}: {check}")
     assert len(passed) <= 0.05 * len(texts), "\n".join(passed)
+
+
+def test_checks_decide_other_answers_as_a_reader_does():
+    """`decided.jsonl`: right and wrong answers to each checked evaluation task, most of them written before the writer
+    had seen its check."""
+    tasks = {task["id"]: task for task in EVAL_TASKS if "check" in task}
+    decided = {entry["id"]: entry for entry in read_lines("tests/data/decided.jsonl")}
+    assert decided.keys() == tasks.keys()
+    missing = {tool for task in tasks.values() for tool in tools_of(task["check"]) if not shutil.which(TOOLS[tool])}
+    wrong = []
+    for name, task in tasks.items():
+        if tools_of(task["check"]) & missing:
+            continue
+        assert len(decided[name]["right"]) >= 2 and decided[name]["wrong"], name
+        answers = [(text, True) for text in decided[name]["right"]] + [(text, False) for text in decided[name]["wrong"]]
+        for text, right in answers:
+            if right == bool(fault(name, {**task, "output": text}, task["check"])):
+                wrong.append(f"{name}: {'right' if right else 'wrong'}: {text}")
+    assert wrong == []
 
 
 def test_a_check_is_one_line_of_text():
