@@ -142,7 +142,7 @@ def _fakes(config: transformers.PretrainedConfig, layout: Layout) -> Iterator[Si
 
 @contextlib.contextmanager
 def _shapes_apart(private: SimpleNamespace) -> Iterator[None]:
-    """Hides from counters that a sharded tensor asks for an operation's outcome by running it on fakes of whole tensors.
+    """Hides from counters that a sharded tensor learns an operation's outcome by running it on fakes of whole tensors.
 
     They are not the step's, and PyTorch 2.11 asks in each step.
     """
@@ -258,7 +258,7 @@ NO_KERNEL = re.compile("empty|^_unsafe_view$|^set_$|^resize_$|^lift")
 
 
 def _attention_flops(query, key, value, *_, **__):
-    """Scores and their products with the values; PyTorch's own (before 2.12) refuses fewer heads of keys than queries."""
+    """Scores and their products with the values. PyTorch 2.11's own refuses fewer heads of keys than of queries."""
     return 2 * query.shape[:-1].numel() * key.shape[-2] * (key.shape[-1] + value.shape[-1])
 
 
