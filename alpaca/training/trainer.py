@@ -29,6 +29,11 @@ from alpaca.training.processes import gather_from_all_ranks, once_for_all_ranks
 
 WHOLE, IN_PARTS = "FULL_STATE_DICT", "SHARDED_STATE_DICT"  # FSDP's layouts of a checkpoint
 
+# transformers 5.17 has a process's optimizer loaded to "cpu:1", as the second process calls its CPU; torch knows "cpu".
+torch.serialization.register_package(
+    11, lambda storage: None, lambda storage, place: storage if place.startswith("cpu:") else None
+)
+
 
 def layout_of(checkpoint: str) -> str:
     """How FSDP wrote a checkpoint: whole by the first rank, as this project did at first, or in parts."""

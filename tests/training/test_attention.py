@@ -14,6 +14,10 @@ from alpaca.training.batches import (
 )
 from tests.training.conftest import tiny
 
+FROM_5_18 = pytest.mark.skipif(
+    transformers.__version__.startswith("5.17."), reason="transformers 5.17 mixes its examples: padded batches"
+)
+
 
 def loss_and_gradients(model, batch, start=0, stop=None, row=0):
     """Loss summed over one example's tokens, and its gradients; the example is columns start:stop of a row."""
@@ -91,9 +95,9 @@ def test_which_models_keep_examples_apart(kind, apart, examples, tokenizer):
         ("opt", {}, True),
         ("mistral", {"sliding_window": 4096}, True),
         ("gemma3_text", {}, True),
-        ("llama4_text", {}, False),  # attention by example sees no chunks
+        pytest.param("llama4_text", {}, False, marks=FROM_5_18),  # attention by example sees no chunks
         ("gemma2", {}, False),  # and caps no scores
-        ("doge", {}, False),  # nor adds a learnt mask, which starts as one that hides nothing
+        pytest.param("doge", {}, False, marks=FROM_5_18),  # nor adds a learnt mask, which at first hides nothing
         ("bloom", {}, None),
     ],
 )
