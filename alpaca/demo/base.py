@@ -91,6 +91,8 @@ def write_gguf(gguf: Path, directory: Path, source: str) -> None:
         with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that can't be switched off
             tokenizer = transformers.AutoTokenizer.from_pretrained(**place)
             model = transformers.AutoModelForCausalLM.from_pretrained(**place, **options)
+        for name, index in facts["special"].items():  # transformers 5.17 takes other tokens than the file names
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(index))
     except (OSError, ValueError, KeyError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ExpectedError(f"{gguf} can't be read: {type(error).__name__}: {reason}", ExitCode.DATA)
@@ -138,7 +140,9 @@ def read_facts(gguf: Path) -> dict[str, Any]:
         raise ExpectedError(what, ExitCode.DATA)
     names = ("name", "organization", "license")
     types = sorted({tensor.tensor_type.name for tensor in reader.tensors})
-    return {**{name: fact(f"general.{name}") for name in names}, "types": ", ".join(types)}
+    special = {f"{name[:3]}_token": f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "padding")}
+    ids = {name: int(reader.fields[field].contents()) for name, field in special.items() if field in reader.fields}
+    return {**{name: fact(f"general.{name}") for name in names}, "types": ", ".join(types), "special": ids}
 
 
 def make_random(output_dir: str) -> None:
