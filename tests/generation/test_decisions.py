@@ -15,7 +15,7 @@ from tests.teacher.teacher_server import TeacherServer
 @pytest.fixture
 def finished(tmp_path):
     with TeacherServer() as server:
-        generate(server, tmp_path)
+        generate(server, tmp_path, concurrency=1)  # else an answer may come that is no longer needed, and not decided
     return tmp_path
 
 

@@ -131,7 +131,7 @@ def test_files_are_private_and_the_key_is_nowhere(tmp_path, capfd):
         return answer_text(tasks_for(prompt)) + (f" {KEY}" if server.attempts[prompt] == 3 else "")
 
     with TeacherServer(fault=leaky, answer=quotes_the_key_once) as server:
-        generate(server, tmp_path, max_attempts=4)
+        generate(server, tmp_path, max_attempts=4, concurrency=1)
         faults = collections.Counter(record["fault"] for record in records(tmp_path) if "fault" in record)
         assert faults["answer with the key in it"] == len(answers(tmp_path)) > 5
         with fails(ExitCode.BUDGET):
