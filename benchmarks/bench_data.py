@@ -121,10 +121,11 @@ def main():
     sets = dict(pair.split("=", 1) for pair in args.sets)
     output = Path(args.output)
     runs = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
+    if missing := [path for path in sets.values() if not Path(path).is_file()]:
+        parser.error(f"no such file: {', '.join(missing)}")
     hashes = {"eval_tasks": sha256_of_file(EVAL_TASKS), "base": None}
+    hashes |= {name: sha256_of_file(Path(path)) for name, path in sets.items()}
     for name, seed in [("base", 0), *((name, seed) for seed in args.seeds for name in sets)]:
-        if name != "base":
-            hashes[name] = sha256_of_file(Path(sets[name]))
         known = {"set": name, "seed": seed, "tokens_a_run": args.tokens, "sha256": [hashes["eval_tasks"], hashes[name]]}
         if any(known.items() <= run.items() for run in runs):
             continue
