@@ -146,8 +146,7 @@ def _shapes_apart(private: SimpleNamespace) -> Iterator[None]:
 
     They are not the step's, and PyTorch 2.11 asks in each step.
     """
-    propagator = private.ShardingPropagator
-    ask = propagator._propagate_tensor_meta_non_cached
+    propagator, ask = private.ShardingPropagator, private.ask
 
     def apart(*arguments):
         with private._disable_current_modes():
@@ -163,7 +162,8 @@ def _shapes_apart(private: SimpleNamespace) -> Iterator[None]:
 def _private() -> SimpleNamespace:
     try:
         modules = {module: importlib.import_module(module) for module in PRIVATE}
-        return SimpleNamespace(**{name: getattr(modules[m], name) for m, names in PRIVATE.items() for name in names})
+        found = {name: getattr(modules[m], name) for m, names in PRIVATE.items() for name in names}
+        return SimpleNamespace(**found, ask=found["ShardingPropagator"]._propagate_tensor_meta_non_cached)
     except (ImportError, AttributeError) as error:
         raise ExpectedError(
             f"this PyTorch ({torch.__version__}) can't simulate a step: {error}; --estimate_memory and --estimate_time "

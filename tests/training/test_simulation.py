@@ -47,6 +47,25 @@ def test_without_them_a_line_says_so(missing, monkeypatch):
     assert error.value.exit_code == 2 and "\n" not in str(error.value)
 
 
+def test_without_what_a_sharded_tensor_asks_with_a_line_says_so(monkeypatch):
+    propagator = importlib.import_module("torch.distributed.tensor._sharding_prop").ShardingPropagator
+    monkeypatch.delattr(propagator, "_propagate_tensor_meta_non_cached")
+    with pytest.raises(ExpectedError, match=r"can't simulate a step: .*_propagate_tensor_meta_non_cached"):
+        simulate(LLAMA, Layout())
+
+
+def test_a_model_that_drops_layers_is_simulated_with_all_of_them():
+    """By a random number that it reads from a tensor, which a fake one does not have."""
+    sizes = {"vocab_size": 500, "hidden_size": 64, "ffn_dim": 160, "num_hidden_layers": 3, "num_attention_heads": 4}
+    peaks = [
+        simulate(
+            transformers.OPTConfig(**sizes, word_embed_proj_dim=64, layerdrop=share), Layout(batch_size=2, length=32)
+        )
+        for share in (0.0, 0.5)
+    ]
+    assert peaks[0] == peaks[1]
+
+
 class Shapes(TorchDispatchMode):
     """Keeps the shapes of all tensors that a step makes."""
 
